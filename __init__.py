@@ -1,0 +1,11 @@
+"""gradsync: choose how your gradients travel, by a flag, and see what that costs.
+
+Importing the package registers its strategies, so ``Trainer(strategy="manual_allreduce")`` works.
+"""
+
+from .errors import UserError
+from .strategies import STRATEGIES, ManualAllReduceStrategy, ParameterServerStrategy
+
+__version__ = "0.1.0"
+
+__all__ = ["STRATEGIES", "ManualAllReduceStrategy", "ParameterServerStrategy", "UserError", "__version__"]

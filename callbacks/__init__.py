@@ -1,0 +1,23 @@
+"""What is observed while training: one callback per file."""
+
+from .communication_monitor import CommunicationMonitor
+from .ddp_timeline import DDPTimeline
+from .line_progress import LineProgress, default_progress_callbacks
+from .results_writer import ResultsWriter
+from .run_environment import machine_environment, run_environment
+from .start_banner import StartBanner
+from .step_breakdown import StepBreakdown
+from .throughput_progress_bar import ThroughputProgressBar
+
+__all__ = [
+    "CommunicationMonitor",
+    "DDPTimeline",
+    "LineProgress",
+    "ResultsWriter",
+    "StartBanner",
+    "StepBreakdown",
+    "ThroughputProgressBar",
+    "default_progress_callbacks",
+    "machine_environment",
+    "run_environment",
+]

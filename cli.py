@@ -1,0 +1,113 @@
+"""The front door: ``gradsync fit | validate | test | predict | compare | report``."""
+
+if not __package__:  # started as a file (`python cli.py fit ...`): run the installed package instead
+    import os
+    import runpy
+    import sys
+
+    sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != os.path.dirname(os.path.realpath(__file__))]
+    runpy.run_module("gradsync.cli", run_name="__main__", alter_sys=True)
+    sys.exit()
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from . import __version__
+from .processes import FailureRecords, die_with_parent
+
+_COMMANDS = {
+    "fit": "train, under the strategy that --trainer.strategy names",
+    "validate": "evaluate on the validation set",
+    "test": "evaluate on the test set",
+    "predict": "predict with a trained model",
+    "compare": "train under several strategies, one after another, and report what each costs",
+    "report": "make tables, plots and text from the result files of a folder",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and end the process: code 0, 1 (it failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("--help", "-h"):
+        print(_overview())
+    elif command == "--version":
+        print(f"gradsync {__version__}")
+    elif command == "compare":
+        from .compare import main as compare
+
+        _guarded(lambda: compare(rest))
+    elif command == "report":
+        from .report.command import main as report
+
+        _guarded(lambda: report(rest))
+    elif command in _COMMANDS:
+        die_with_parent()
+        _guarded(lambda: _run_lightning(arguments), leave_hard=True)
+    else:
+        print(f"gradsync: unknown command {command!r}; there are {', '.join(_COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _overview() -> str:
+    lines = [f"  {name:9} {what}" for name, what in _COMMANDS.items()]
+    return "\n".join(
+        ["usage: gradsync COMMAND [options]", "", *lines, "", "`gradsync COMMAND --help` lists a command's options."]
+    )
+
+
+def _guarded(run: Callable[[], Any], leave_hard: bool = False) -> None:
+    """Call ``run``; an error becomes one clear line, or a traceback where nobody knows better, and exit code 1.
+
+    ``leave_hard``: skip the interpreter's teardown after an error. It takes seconds with torch loaded, in which
+    the other processes would wait for this one.
+    """
+    records = FailureRecords()
+    code = 1
+    try:
+        run()
+        return
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        _tell(error, records)
+    finally:
+        records.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if leave_hard:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _tell(error: Exception, records: FailureRecords) -> None:
+    from .explain import is_consequence, one_line
+
+    if is_consequence(error) and (first := records.first(patience_s=2.0)) is not None:
+        print(f"gradsync: another process failed first ({first})", file=sys.stderr)
+        return
+    text = one_line(error)
+    if text is None:
+        traceback.print_exception(error)
+    if not is_consequence(error):
+        records.note(text or f"{type(error).__name__}: {error}")
+    print(f"gradsync: error: {text or f'{type(error).__name__}: {error}'}", file=sys.stderr)
+
+
+def _run_lightning(arguments: list[str]) -> None:
+    from .lightning_cli import GradsyncCLI
+    from .strategy_flag import expand
+
+    sys.argv = [sys.argv[0], *expand(arguments)]
+    # Only noise: https://github.com/Lightning-AI/pytorch-lightning (isinstance(treespec, LeafSpec)).
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*", module="lightning")
+    cli = GradsyncCLI.from_command_line()
+    cli.wait_for_children()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Turns what a backend raises when a peer is gone or late into a sentence that names the peer."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+_LOST = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|socket closed", re.IGNORECASE)
+_LATE = re.compile(r"timed? ?out", re.IGNORECASE)
+_ROLL_CALL_S = 2.0
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` only says that another rank has gone: then that rank's error is the true one."""
+    return isinstance(error, (RuntimeError, dist.DistError)) and bool(_LOST.search(str(error)))
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether ``error`` says that another rank did not come in time."""
+    return isinstance(error, (RuntimeError, dist.DistError)) and bool(_LATE.search(str(error)))
+
+
+def missing_ranks() -> list[int] | None:
+    """Ranks of the default group that do not answer a roll call within two seconds; None if it cannot be held.
+
+    Called by every rank whose collective timed out; takes about two seconds. The call goes over the group's
+    store, not over the collectives, of which one is stuck.
+    """
+    if not dist.is_initialized():
+        return None
+    try:
+        store = dist.PrefixStore("gradsync_roll_call", dist.distributed_c10d._get_default_store())
+        store.set_timeout(timedelta(seconds=_ROLL_CALL_S))
+        store.set(str(dist.get_rank()), "here")
+        time.sleep(_ROLL_CALL_S)
+        return [rank for rank in range(dist.get_world_size()) if not store.check([str(rank)])]
+    except (RuntimeError, dist.DistError):
+        return [0]  # the store lives in rank 0's process: it is that one which does not answer
+
+
+def explain_timeout(remedy: str) -> str:
+    """One sentence: which rank is missing and what raises the limit (``remedy``)."""
+    missing = missing_ranks()
+    who = f"rank(s) {', '.join(map(str, missing))} did not take part" if missing else "no rank is missing, all are late"
+    return f"communication timed out: {who}; {remedy}"

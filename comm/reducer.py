@@ -1,0 +1,209 @@
+"""Averages gradients over ranks while the backward pass still runs.
+
+Phases of one synchronizing backward pass, on every rank:
+
+1. *collect*: a hook copies each gradient, times ``1 / world_size``, into its bucket as soon as it is ready;
+2. *launch*: a full bucket is handed to the algorithm, strictly in bucket order, so that all ranks agree;
+3. *finish*: buckets left over are launched, everything is waited for, ``p.grad`` becomes the averaged view.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import final
+
+import torch
+import torch.distributed as dist
+import torch.utils.hooks
+from torch import Tensor
+from torch.futures import Future
+
+from .allreduce import Algorithm
+from .buckets import Bucket, build_buckets
+from .timeline import Timeline
+
+
+@final
+class GradientReducer:
+    """Replaces ``p.grad`` by its average over all ranks at the end of every backward pass.
+
+    Every rank holds the same parameters in the same order and calls the same methods in the same order.
+
+    Args:
+        named_parameters: Those that may get gradients; frozen ones are skipped as long as they are frozen.
+        algorithm: How a bucket is summed over ranks.
+        control_group: Process group for the few bytes per step that say which parameters were used. Not the
+            algorithm's group: its collectives may still be under way.
+        bucket_mib: Largest bucket in MiB.
+        first_bucket_mib: Size of the first bucket: a small one starts communication early.
+        overlap: Reduce during the backward pass (True) or after it (False).
+        timeline: Where the spans go.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        algorithm: Algorithm,
+        control_group: dist.ProcessGroup,
+        bucket_mib: float = 25.0,
+        first_bucket_mib: float = 1.0,
+        overlap: bool = True,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self._names = {p: name for name, p in named_parameters}
+        self._algorithm = algorithm
+        self._control_group = control_group
+        self._bucket_mib = bucket_mib
+        self._first_bucket_mib = first_bucket_mib
+        self._overlap = overlap
+        self.timeline = timeline or Timeline()
+        self._scale = 1.0 / algorithm.world_size
+        self._sync = True
+        self._in_pass = False
+        self._dirty: set[Tensor] = set()
+        """Parameters with local gradients that no synchronization has averaged yet."""
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.buckets: list[Bucket] = []
+        self._place: dict[Tensor, tuple[Bucket, Tensor]] = {}
+        self._build()
+
+    def _build(self) -> None:
+        """Lay out buckets for all parameters that require gradients now, and those that ever did."""
+        chosen = [p for p in self._names if p.requires_grad or p in self._place]
+        new = [p for p in chosen if p not in self._place]  # torch refuses hooks on frozen parameters
+        self._handles += [p.register_post_accumulate_grad_hook(self._on_gradient) for p in new]
+        # Gradients become ready roughly in reverse order of construction.
+        self.buckets = build_buckets(
+            reversed(chosen), self._bucket_mib, self._first_bucket_mib, self._algorithm.allocate
+        )
+        self._place = {
+            p: (bucket, view)
+            for bucket in self.buckets
+            for p, view in zip(bucket.parameters(), bucket.views, strict=True)
+        }
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only accumulate local gradients, as ``DistributedDataParallel.no_sync``."""
+        previous, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = previous
+
+    @contextmanager
+    def backward_pass(self) -> Iterator[None]:
+        """Wrap one backward pass. On leaving, gradients are final on every rank (unless in :meth:`no_sync`).
+
+        If the pass raises, nothing is waited for: the peers may never come.
+        """
+        if not self._sync:
+            yield
+            return
+        self._begin()
+        try:
+            yield
+            self._finish()
+        finally:
+            self._in_pass = False
+
+    def close(self) -> None:
+        """Remove the hooks and release the algorithm. Gradients stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._algorithm.close()
+
+    # -- collect ---------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if any(p.requires_grad and p not in self._place for p in self._names):
+            self._build()  # unfrozen since; every rank runs the same schedule, so all rebuild together
+        active = [[p for p in bucket.parameters() if p.requires_grad] for bucket in self.buckets]
+        self._queue = [bucket for bucket, params in zip(self.buckets, active, strict=True) if params]
+        self._missing = {b.index(): len(params) for b, params in zip(self.buckets, active, strict=True)}
+        self._collected: set[Tensor] = set()
+        self._next = 0
+        self._pending: list[tuple[Bucket, Future[Tensor]]] = []
+        self._in_pass = True
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            raise ValueError(
+                f"parameter {self._names[parameter]!r} has a sparse gradient, which cannot be averaged here: "
+                "use a dense layer (for embeddings: sparse=False) or --trainer.strategy ddp"
+            )
+        self._dirty.add(parameter)
+        if not (self._in_pass and self._overlap):
+            return
+        if parameter in self._collected:
+            raise RuntimeError(
+                f"the gradient of {self._names[parameter]!r} became ready twice in one backward pass (reentrant "
+                "activation checkpointing does that): set --trainer.strategy.overlap false"
+            )
+        self._collect(parameter)
+        self._launch_ready()
+
+    @torch.no_grad()
+    def _collect(self, parameter: Tensor) -> None:
+        """Copy (or scale in place, where it already lives there) a gradient into its bucket."""
+        bucket, view = self._place[parameter]
+        if parameter.grad is None:
+            view.zero_()
+        else:
+            torch.mul(parameter.grad, self._scale, out=view)
+        self._collected.add(parameter)
+        self._missing[bucket.index()] -= 1
+
+    # -- launch ----------------------------------------------------------------------------------------------
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self._queue) and self._missing[self._queue[self._next].index()] == 0:
+            self._launch(self._queue[self._next])
+            self._next += 1
+
+    def _launch(self, bucket: Bucket) -> None:
+        start_ns = time.perf_counter_ns()
+        num_bytes = self._algorithm.num_bytes(bucket)
+        future = self._algorithm.start(bucket)
+
+        def record(done: Future[Tensor]) -> Tensor:
+            self.timeline.add_span(start_ns, time.perf_counter_ns(), num_bytes)
+            return done.value()
+
+        self._pending.append((bucket, future.then(record)))
+
+    # -- finish ----------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        self.timeline.gradients_ready()
+        for bucket in self._queue:
+            for parameter in bucket.parameters():
+                if parameter.requires_grad and parameter not in self._collected:
+                    self._collect(parameter)
+        used, control = self._share_used_mask()
+        self._launch_ready()
+        for bucket, future in self._pending:
+            bucket.set_buffer(future.wait())
+        control.wait()
+        self._publish(used)
+        self.timeline.synchronized()
+
+    def _share_used_mask(self) -> tuple[Tensor, dist.Work]:
+        """Start the control all-reduce: 1 for every parameter that some rank used, in ``_place``'s order."""
+        mask = torch.tensor([p in self._dirty for p in self._place], dtype=torch.uint8)
+        if dist.get_backend(self._control_group) == "nccl":
+            mask = mask.cuda()
+        work = dist.all_reduce(mask, dist.ReduceOp.MAX, group=self._control_group, async_op=True)
+        assert work is not None
+        return mask, work
+
+    def _publish(self, used: Tensor) -> None:
+        """Let ``p.grad`` be the averaged view; a parameter that no rank used keeps ``grad=None``."""
+        for (parameter, (_, view)), was_used in zip(self._place.items(), used.tolist(), strict=True):
+            if parameter.requires_grad and (was_used or parameter.grad is not None):
+                parameter.grad = view
+        self._dirty.clear()

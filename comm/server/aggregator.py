@@ -1,0 +1,214 @@
+"""What the server does with pushed gradients: sum in worker order, clip, step. No sockets here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from ..buckets import Bucket
+from .layout import Layout
+from .naive import NaivePeers
+from .protocol import ProtocolError, tensor_from
+
+
+def steps_per_tensor(optimizer: Optimizer) -> bool:
+    """Whether stepping parameters in several calls equals stepping them in one.
+
+    True for torch's own optimizers but LBFGS; others may count their steps per call.
+    """
+    return type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, LBFGS)
+
+
+def _update_group(group: dict[str, Any], scalars: dict[str, Any]) -> None:
+    """Take over settings that came as JSON, keeping the types that the optimizer had."""
+    for key in scalars.keys() & group.keys():
+        value = scalars[key]
+        if isinstance(group[key], Tensor):
+            group[key].fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(group[key], tuple) else value
+
+
+@final
+class Aggregator:
+    """One optimizer and its parameters on the server.
+
+    A step begins when the first worker announces it and ends when every bucket was stepped. Gradients are
+    multiplied by ``1 / num_workers`` and summed in worker order whatever the order of arrival, so equal runs
+    give equal bits.
+
+    Args:
+        optimizer: Steps the server's parameters; they are moved into flat memory, from which replies go out.
+        parameters: Its parameters in order, as both sides know them.
+        num_workers: The divisor, also for workers without a gradient (as DDP).
+        part_mib: Size of a message in MiB.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: list[Tensor], num_workers: int, part_mib: float) -> None:
+        self.optimizer = optimizer
+        self.layout = Layout(parameters, part_mib)
+        self._values = Layout(parameters, part_mib)
+        self._num_workers = num_workers
+        with torch.no_grad():
+            for bucket in self._values.buckets:
+                for parameter, view in zip(bucket.parameters(), bucket.views, strict=True):
+                    parameter.data = view.copy_(parameter)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the step under way and its times."""
+        self._used: dict[int, list[list[bool]]] = {}
+        self._info: dict[str, Any] = {}
+        self._frames: dict[tuple[int, int], dict[int, Any]] = {}
+        self._open = {b.index(): len(self.layout.parts(b)) for b in self.layout.buckets}
+        self.reduce_ms = 0.0
+        self.optimizer_ms = 0.0
+
+    @property
+    def announced(self) -> set[int]:
+        """Workers that have announced the step under way."""
+        return set(self._used)
+
+    def values(self, bucket: Bucket, start: int, end: int) -> Tensor:
+        """The current parameters of part ``[start, end)`` of ``bucket``; shares the server's memory."""
+        return self._values.buckets[bucket.index()].buffer()[start:end]
+
+    def begin(self, worker: int, info: Any) -> None:
+        """Worker ``worker`` announces a step: ``used`` (per bucket, per parameter), ``groups``, ``clip``."""
+        used = info["used"]
+        if [len(flags) for flags in used] != [len(b.parameters()) for b in self.layout.buckets]:
+            raise ProtocolError(f"worker {worker} describes other buckets than the server has")
+        if worker in self._used:
+            raise ProtocolError(f"worker {worker} announced a step twice")
+        self._used[worker] = used
+        if worker == 0:
+            self._info = info
+            for group, scalars in zip(self.optimizer.param_groups, info["groups"], strict=True):
+                _update_group(group, scalars)
+
+    def add(self, worker: int, bucket_index: int, part: int, payload: Any) -> None:
+        """Keep one pushed part until every worker's is here."""
+        if bucket_index not in self._open or worker not in self._used:
+            raise ProtocolError(f"worker {worker} pushed bucket {bucket_index} out of turn")
+        bucket = self.layout.buckets[bucket_index]
+        parts = self.layout.parts(bucket)
+        frames = self._frames.setdefault((bucket_index, part), {})
+        num_bytes = (parts[part][1] - parts[part][0]) * bucket.buffer().element_size() if part < len(parts) else -1
+        if len(payload) != num_bytes or worker in frames:
+            raise ProtocolError(f"worker {worker} pushed {len(payload)} bytes for bucket {bucket_index} part {part}")
+        frames[worker] = payload
+
+    def advance(self, bucket_index: int | None = None) -> Iterator[tuple[Bucket, bool]]:
+        """Sum and step what is complete; yield each bucket that has new parameters (True) or none (False).
+
+        Args:
+            bucket_index: The only bucket that got something since the last call, None if any may have.
+        """
+        if len(self._used) < self._num_workers:
+            return
+        for index in list(self._open) if bucket_index is None else [bucket_index]:
+            bucket = self.layout.buckets[index]
+            self._reduce(bucket)
+            if self._open[index] == 0 and self._may_step_alone():
+                del self._open[index]
+                self._set_gradients(bucket)
+                self._step()
+                yield bucket, self._any_used(bucket)
+        if self._open and not self._may_step_alone() and not any(self._open.values()):
+            self._open.clear()
+            yield from self._step_all()
+
+    @property
+    def finished(self) -> bool:
+        return not self._open
+
+    def missing_workers(self) -> set[int]:
+        """Workers for which the step under way still waits."""
+        missing = set(range(self._num_workers)) - self.announced
+        for index in self._open if not missing else ():
+            bucket = self.layout.buckets[index]
+            for part in range(len(self.layout.parts(bucket))):
+                missing |= set(self._pushers(bucket)) - self._frames.get((index, part), {}).keys()
+        return missing
+
+    # -- numerics --------------------------------------------------------------------------------------------
+
+    def _may_step_alone(self) -> bool:
+        return steps_per_tensor(self.optimizer) and self._info["clip"]["algorithm"] != "norm"
+
+    def _pushers(self, bucket: Bucket) -> list[int]:
+        return [w for w in range(self._num_workers) if any(self._used[w][bucket.index()])]
+
+    def _any_used(self, bucket: Bucket) -> bool:
+        return bool(self._pushers(bucket))
+
+    @torch.no_grad()
+    def _reduce(self, bucket: Bucket) -> None:
+        """Average every part of ``bucket`` for which all pushes are here."""
+        start_ns = time.perf_counter_ns()
+        pushers = self._pushers(bucket)
+        scale = 1.0 / self._num_workers
+        if not pushers:
+            self._open[bucket.index()] = 0
+        for part, (start, end) in enumerate(self.layout.parts(bucket)):
+            frames = self._frames.get((bucket.index(), part), {})
+            if not pushers or len(frames) < len(pushers):
+                continue
+            out = bucket.buffer()[start:end]
+            for number, worker in enumerate(pushers):
+                pushed = tensor_from(frames[worker], out.dtype).to(out.device)
+                if number == 0:
+                    torch.mul(pushed, scale, out=out)
+                else:
+                    out.add_(pushed, alpha=scale)
+            del self._frames[bucket.index(), part]
+            self._open[bucket.index()] -= 1
+        self.reduce_ms += (time.perf_counter_ns() - start_ns) / 1e6
+
+    def _flags(self, bucket: Bucket) -> list[bool]:
+        """Per parameter of ``bucket``: whether any worker used it."""
+        return [any(column) for column in zip(*(used[bucket.index()] for used in self._used.values()), strict=True)]
+
+    def _set_gradients(self, bucket: Bucket) -> None:
+        """A parameter that no worker used keeps ``grad=None``, or momentum and decay would move it."""
+        for parameter, view, used in zip(bucket.parameters(), bucket.views, self._flags(bucket), strict=True):
+            parameter.grad = view if used else None
+
+    def step_naively(self, peers: NaivePeers) -> int:
+        """Do the whole step over the naive transport (see there); returns the bytes."""
+        parameters = [p for bucket in self.layout.buckets for p in bucket.parameters()]
+        num_bytes = peers.serve(parameters, self._step_used)
+        self._open.clear()
+        return num_bytes
+
+    def _step_used(self) -> None:
+        for bucket in self.layout.buckets:
+            for parameter, used in zip(bucket.parameters(), self._flags(bucket), strict=True):
+                parameter.grad = parameter.grad if used else None
+        self._step()
+
+    def _step_all(self) -> Iterator[tuple[Bucket, bool]]:
+        for bucket in self.layout.buckets:
+            self._set_gradients(bucket)
+        self._step()
+        for bucket in self.layout.buckets:
+            yield bucket, self._any_used(bucket)
+
+    def _step(self) -> None:
+        start_ns = time.perf_counter_ns()
+        clip = self._info["clip"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if clip["algorithm"] == "norm":
+            torch.nn.utils.clip_grad_norm_(parameters, clip["value"])
+        elif clip["algorithm"] == "value":
+            torch.nn.utils.clip_grad_value_(parameters, clip["value"])
+        if parameters:
+            self.optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        self.optimizer_ms += (time.perf_counter_ns() - start_ns) / 1e6

@@ -1,0 +1,211 @@
+"""A worker's side of the parameter server: see :mod:`.protocol` for the phases."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, final
+
+import torch
+import zmq
+from torch import Tensor
+
+from ..buckets import Bucket, view_like
+from ..timeline import Timeline
+from .layout import Layout, flat_alias
+from .naive import NaivePeers
+from .protocol import Kind, Message, ProtocolError, pack_tree, table_of, tensor_bytes, tensor_from, unpack_tree
+
+_GRACE_S = 5.0
+"""A worker waits this much longer than the server, which knows better whom to blame."""
+
+
+class ServerFailed(Exception):
+    """The server reported an error (its text names the culprit) or does not answer."""
+
+
+@final
+class WorkerClient:
+    """Pushes gradients, pulls parameters. Everything here blocks, on the calling worker only.
+
+    Args:
+        socket: Connected DEALER whose routing id is the worker's rank. The caller closes it.
+        named_parameters: Per optimizer, its parameters with their names. They are overwritten by :meth:`step`.
+        rank: This worker's; rank 0 says what the run starts from.
+        timeout_s: Seconds to wait for an answer.
+        part_mib: Message size in MiB, as the server's.
+        timeline: Where the spans go.
+        naive: Moves gradients and parameters instead of the socket, if given.
+    """
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        named_parameters: list[list[tuple[str, Tensor]]],
+        rank: int,
+        timeout_s: float,
+        part_mib: float,
+        timeline: Timeline,
+        naive: NaivePeers | None = None,
+    ) -> None:
+        self._socket = socket
+        self._named = named_parameters
+        self._layouts = [Layout([p for _, p in named], part_mib) for named in named_parameters]
+        self._rank = rank
+        self._timeout_s = timeout_s + _GRACE_S
+        self._timeline = timeline
+        self._naive = naive
+
+    def start(self) -> None:
+        """Phases *hello* and *init*: agree on the model; rank 0 sends the values to start from."""
+        self._send(Message(Kind.HELLO, info={"tables": [table_of(named) for named in self._named]}))
+        self._expect(Kind.WELCOME)
+        if self._rank == 0:
+            for number, layout in enumerate(self._layouts):
+                for bucket, part, start, end in layout.all_parts():
+                    payload = self._payload(bucket, bucket.parameters(), start, end)
+                    self._send(Message(Kind.INIT, number, bucket.index(), part, payload=payload))
+
+    def step(self, number: int, groups: list[dict[str, Any]], clip: dict[str, Any]) -> None:
+        """Phase *step* for optimizer ``number``: on return its parameters are the new ones.
+
+        Args:
+            number: Index of the optimizer.
+            groups: The JSON-compatible settings of its parameter groups (learning rates).
+            clip: ``{"algorithm": "norm" | "value" | None, "value": float}``, applied to the average.
+        """
+        layout = self._layouts[number]
+        self._check_gradients(number)
+        self._timeline.gradients_ready()
+        start_ns = time.perf_counter_ns()
+        used = [[p.grad is not None for p in bucket.parameters()] for bucket in layout.buckets]
+        self._send(Message(Kind.STEP, number, info={"used": used, "groups": groups, "clip": clip}))
+        if self._naive is None:
+            num_bytes = self._push(number, used)
+        else:
+            num_bytes = self._naive.push_pull([p for bucket in layout.buckets for p in bucket.parameters()])
+        pushed_ns = time.perf_counter_ns()
+        first_ns, pulled, times = self._pull(number)
+        end_ns = time.perf_counter_ns()
+        self._timeline.synchronized()
+        self._timeline.add_span(start_ns, end_ns, num_bytes + pulled)
+        push_ms = max((pushed_ns - start_ns) / 1e6, times["receive_ms"])
+        pull_ms = (end_ns - first_ns) / 1e6
+        self._timeline.add_parts(
+            push_ms=push_ms,
+            pull_ms=pull_ms,
+            wait_ms=max(0.0, (end_ns - start_ns) / 1e6 - push_ms - pull_ms - times["optimizer_ms"]),
+            server_optimizer_ms=times["optimizer_ms"],
+        )
+
+    def get_state(self, number: int) -> dict[str, Any]:
+        """The state dict of optimizer ``number`` on the server."""
+        self._send(Message(Kind.GET_STATE, number))
+        reply = self._expect(Kind.STATE)
+        return unpack_tree(reply.info, reply.payload)
+
+    def set_state(self, number: int, state: dict[str, Any]) -> None:
+        """Load ``state`` into optimizer ``number`` on the server; returns when it is in force."""
+        info, payload = pack_tree(state)
+        self._send(Message(Kind.SET_STATE, number, info=info, payload=payload))
+        self._expect(Kind.STATE)
+
+    def bye(self, info: Any = None, tree: Any = None) -> None:
+        """Leave. Rank 0's ``info`` (JSON) and ``tree`` (may hold tensors) reach whoever runs the server."""
+        description, payload = pack_tree(tree)
+        self._send(Message(Kind.BYE, info={"info": info, "tree": description}, payload=payload))
+
+    def fail(self, error: str) -> None:
+        """Tell the server that this worker ends with ``error``; never blocks."""
+        self._socket.send_multipart(Message(Kind.FAIL, info={"error": error}).frames(), zmq.DONTWAIT)
+
+    # -- messages --------------------------------------------------------------------------------------------
+
+    def _send(self, message: Message) -> None:
+        self._socket.send_multipart(message.frames(), copy=False)
+
+    def _receive(self) -> Message:
+        if not self._socket.poll(int(self._timeout_s * 1000)):
+            raise ServerFailed(
+                f"the parameter server did not answer worker {self._rank} within {self._timeout_s:g} s; "
+                "--trainer.strategy.timeout_s raises the limit"
+            )
+        message = Message.parse([frame.buffer for frame in self._socket.recv_multipart(copy=False)])
+        if message.kind == Kind.FAIL:
+            raise ServerFailed(message.info["error"])
+        return message
+
+    def _expect(self, kind: Kind) -> Message:
+        message = self._receive()
+        if message.kind != kind:
+            raise ProtocolError(f"expected {kind.name} from the server, got {message.kind.name}")
+        return message
+
+    # -- phase: step -----------------------------------------------------------------------------------------
+
+    def _check_gradients(self, number: int) -> None:
+        """Refuse by name what the server could not apply: it would be lost silently."""
+        sparse = [name for name, p in self._named[number] if p.grad is not None and p.grad.is_sparse]
+        if sparse:
+            raise ValueError(f"parameter {sparse[0]!r} has a sparse gradient: use a dense layer or another strategy")
+        known = {p for bucket in self._layouts[number].buckets for p in bucket.parameters()}
+        lost = [name for name, p in self._named[number] if p.grad is not None and p not in known]
+        if lost:
+            raise ValueError(
+                f"parameter {lost[0]!r} was frozen when the run began and has a gradient now: the parameter server "
+                "cannot take it in mid-run; unfreeze before fit or use --trainer.strategy manual_allreduce"
+            )
+
+    def _push(self, number: int, used: list[list[bool]]) -> int:
+        """Send the gradients of all buckets that have any; returns the bytes."""
+        num_bytes = 0
+        for bucket, part, start, end in self._layouts[number].all_parts():
+            if any(used[bucket.index()]):
+                gradients = [p.grad for p in bucket.parameters()]
+                payload = self._payload(bucket, gradients, start, end)
+                self._send(Message(Kind.PUSH, number, bucket.index(), part, payload=payload))
+                num_bytes += len(payload)
+        return num_bytes
+
+    @staticmethod
+    @torch.no_grad()
+    def _payload(bucket: Bucket, tensors: list[Any], start: int, end: int) -> memoryview:
+        """Bytes of part ``[start, end)`` of ``tensors`` (None: zeros) in the bucket's order.
+
+        A lone tensor is sent from where it lives: nothing changes it before the server has answered.
+        """
+        if len(tensors) == 1 and (flat := flat_alias(tensors[0], bucket.parameters()[0])) is not None:
+            return tensor_bytes(flat[start:end].cpu())
+        if start == 0:
+            for view, tensor in zip(bucket.views, tensors, strict=True):
+                view.zero_() if tensor is None else view.copy_(tensor)
+        return tensor_bytes(bucket.buffer()[start:end].cpu())
+
+    def _pull(self, number: int) -> tuple[int, int, dict[str, float]]:
+        """Take new parameters until *done*: (time of the first reply in ns, bytes, the server's times)."""
+        first_ns = num_bytes = 0
+        while True:
+            message = self._receive()
+            first_ns = first_ns or time.perf_counter_ns()
+            if message.kind == Kind.DONE:
+                return first_ns, num_bytes, message.info
+            if message.kind != Kind.PULL or message.optimizer != number:
+                raise ProtocolError(f"expected PULL from the server, got {message.kind.name}")
+            if len(message.payload):
+                self._store(number, message)
+                num_bytes += len(message.payload)
+
+    @torch.no_grad()
+    def _store(self, number: int, message: Message) -> None:
+        layout = self._layouts[number]
+        bucket = layout.buckets[message.bucket]
+        start, end = layout.parts(bucket)[message.part]
+        values = tensor_from(message.payload, bucket.buffer().dtype)
+        if len(values) != end - start:
+            raise ProtocolError(f"server sent {len(values)} values for bucket {message.bucket}, expected {end - start}")
+        parameters = bucket.parameters()
+        flat = flat_alias(parameters[0], parameters[0]) if len(parameters) == 1 else None
+        if flat is not None:
+            flat[start:end].copy_(values)
+            return
+        for parameter, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
+            parameter.copy_(view_like(part, parameter))

@@ -1,0 +1,45 @@
+"""Which bytes travel in which message: derived from the parameters alone, so both sides agree without talking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from torch import Tensor
+
+from ..buckets import BYTES_PER_MIB, Bucket, build_buckets, is_dense
+
+
+@final
+class Layout:
+    """The trainable parameters of one optimizer, cut into buckets of at most ``part_mib`` MiB.
+
+    A bucket is stepped as a whole. A tensor larger than a part has a bucket of its own and travels in several
+    parts, unless its memory has gaps; a bucket of several tensors is always one part.
+    """
+
+    def __init__(self, parameters: list[Tensor], part_mib: float) -> None:
+        # The last layer's gradients come first out of the backward pass, and DDP's order is the same.
+        self.buckets = build_buckets([p for p in reversed(parameters) if p.requires_grad], part_mib)
+        self._part_bytes = int(part_mib * BYTES_PER_MIB)
+
+    def parts(self, bucket: Bucket) -> list[tuple[int, int]]:
+        """Element ranges ``[start, end)`` of the bucket's parts."""
+        numel = bucket.buffer().numel()
+        step = max(1, self._part_bytes // bucket.buffer().element_size())
+        if len(bucket.parameters()) > 1 or not is_dense(bucket.parameters()[0]):
+            step = numel
+        return [(start, min(start + step, numel)) for start in range(0, numel, max(1, step))]
+
+    def all_parts(self) -> Iterator[tuple[Bucket, int, int, int]]:
+        """``(bucket, part index, start, end)`` in the order in which they travel."""
+        for bucket in self.buckets:
+            for part, (start, end) in enumerate(self.parts(bucket)):
+                yield bucket, part, start, end
+
+
+def flat_alias(tensor: Tensor, like: Tensor) -> Tensor | None:
+    """``tensor``'s memory as 1-D in ``like``'s storage order, None where that needs a copy."""
+    if is_dense(like) and tensor.stride() == like.stride() and tensor.dtype == like.dtype:
+        return tensor.detach().as_strided((tensor.numel(),), (1,))
+    return None

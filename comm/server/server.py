@@ -1,0 +1,279 @@
+"""The parameter server: one thread that receives gradients, steps the optimizers and answers with parameters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+import zmq
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .aggregator import Aggregator
+from .naive import NaivePeers
+from .protocol import (
+    Kind,
+    Message,
+    ProtocolError,
+    first_difference,
+    pack_tree,
+    table_of,
+    tensor_bytes,
+    tensor_from,
+    unpack_tree,
+)
+
+_POLL_MS = 200
+
+
+class WorkerFailed(Exception):
+    """A worker reported an error, left or stayed silent; the message names it and gives its error."""
+
+
+@dataclass
+class ServerStatistics:
+    """What the server did since :meth:`take`; times in milliseconds."""
+
+    num_steps: int = 0
+    num_bytes: int = 0
+    receive_ms: float = 0.0
+    reduce_ms: float = 0.0
+    optimizer_ms: float = 0.0
+    total_steps: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def take(self) -> dict[str, float]:
+        """Means per step since the last call, and steps per second; starts a new interval."""
+        now = time.perf_counter()
+        steps = max(1, self.num_steps)
+        means: dict[str, float] = {
+            name: getattr(self, name) / steps for name in ("num_bytes", "receive_ms", "reduce_ms", "optimizer_ms")
+        }
+        means["steps_per_s"] = self.num_steps / max(1e-9, now - self.since)
+        means["total_steps"] = self.total_steps
+        self.num_steps, self.num_bytes, self.since = 0, 0, now
+        self.receive_ms = self.reduce_ms = self.optimizer_ms = 0.0
+        return means
+
+
+@final
+class ParameterServer:
+    """Serves one fit to ``num_workers`` workers over a bound ROUTER socket; see :mod:`.protocol` for the phases.
+
+    Args:
+        socket: Bound; workers' routing ids are their ranks as ASCII digits. The caller closes it.
+        optimizers: With the parameters to serve, in the same order as on the workers; may be empty (validation).
+        named_parameters: Per optimizer, its parameters with their names.
+        num_workers: All of them must say hello, and take part in every step.
+        timeout_s: Seconds to wait for the last worker once the first has begun (hello, or a step).
+        part_mib: Message size in MiB, as the workers'.
+        watch: Called a few times per second; raises if a worker process is known to have ended.
+        on_step: Called after every step with the statistics.
+        naive: Moves gradients and parameters instead of the socket, if given.
+    """
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        optimizers: list[Optimizer],
+        named_parameters: list[list[tuple[str, Tensor]]],
+        num_workers: int,
+        timeout_s: float,
+        part_mib: float,
+        watch: Callable[[], None],
+        on_step: Callable[[ServerStatistics], None],
+        naive: NaivePeers | None = None,
+    ) -> None:
+        self._socket = socket
+        self._tables = [table_of(named) for named in named_parameters]
+        self._aggregators = [
+            Aggregator(optimizer, [p for _, p in named], num_workers, part_mib)
+            for optimizer, named in zip(optimizers, named_parameters, strict=True)
+        ]
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._watch = watch
+        self._on_step = on_step
+        self._naive = naive
+        self._greeted: set[int] = set()
+        self._left: dict[int, Any] = {}
+        self._waiting_since: float | None = time.monotonic()
+        self._pushed_at: dict[int, tuple[int, int]] = {}
+        self.statistics = ServerStatistics()
+
+    def serve(self) -> tuple[Any, Any]:
+        """Block until every worker has said bye; return worker 0's farewell: ``(info, unpacked tree)``.
+
+        Raises:
+            WorkerFailed: naming the worker; the others have been told and their sockets may be closed.
+        """
+        try:
+            while len(self._left) < self._num_workers:
+                if self._socket.poll(_POLL_MS):
+                    self._receive()
+                else:
+                    self._watch()
+                    self._check_patience()
+        except Exception as error:
+            self._tell_all(Message(Kind.FAIL, info={"error": str(error) or repr(error)}))
+            raise
+        return self._left[0]
+
+    # -- messages --------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        frames = self._socket.recv_multipart(copy=False)
+        worker = int(frames[0].bytes)
+        message = Message.parse([frame.buffer for frame in frames[1:]])
+        if worker not in range(self._num_workers):
+            raise ProtocolError(f"worker {worker} is not one of the {self._num_workers} expected")
+        if message.optimizer >= max(1, len(self._aggregators)):
+            raise ProtocolError(f"worker {worker} names optimizer {message.optimizer}, which does not exist")
+        _HANDLERS[message.kind](self, worker, message)
+
+    def _send(self, worker: int, message: Message) -> None:
+        self._socket.send_multipart([str(worker).encode(), *message.frames()], copy=False)
+
+    def _tell_all(self, message: Message) -> None:
+        for worker in self._greeted - self._left.keys():
+            try:
+                self._send(worker, message)
+            except zmq.ZMQError:
+                continue  # it is gone, which may be the very reason
+
+    def _check_patience(self) -> None:
+        """Name who keeps the others waiting."""
+        if self._waiting_since is None or time.monotonic() - self._waiting_since < self._timeout_s:
+            return
+        missing, what = set(range(self._num_workers)) - self._greeted, "did not say hello"
+        if not missing:
+            missing = set().union(*(a.missing_workers() for a in self._aggregators if a.announced))
+            what = "did not push the step that the others wait for"
+        raise WorkerFailed(
+            f"worker(s) {', '.join(map(str, sorted(missing)))} {what} within {self._timeout_s:g} s; "
+            "--trainer.strategy.timeout_s raises the limit"
+        )
+
+    # -- phase: hello and init -------------------------------------------------------------------------------
+
+    def _hello(self, worker: int, message: Message) -> None:
+        difference = next(
+            (d for mine, theirs in zip(self._tables, message.info["tables"], strict=False)
+             if (d := first_difference(mine, theirs))),
+            None,
+        )  # fmt: skip
+        if difference is None and len(self._tables) != len(message.info["tables"]):
+            difference = f"server has {len(self._tables)} optimizers, worker {len(message.info['tables'])}"
+        self._greeted.add(worker)
+        if difference is not None:
+            raise WorkerFailed(f"worker {worker} trains another model than the server: {difference}")
+        self._welcome()
+
+    def _init(self, worker: int, message: Message) -> None:
+        aggregator = self._aggregators[message.optimizer]
+        bucket = aggregator.layout.buckets[message.bucket]
+        start, end = aggregator.layout.parts(bucket)[message.part]
+        target = aggregator.values(bucket, start, end)
+        with torch.no_grad():
+            target.copy_(tensor_from(message.payload, target.dtype))
+
+    def _welcome(self) -> None:
+        """All have greeted: let everybody begin. Worker 0's *init* parts precede its first step in its queue."""
+        if len(self._greeted) == self._num_workers:
+            self._waiting_since = None
+            self._tell_all(Message(Kind.WELCOME))
+
+    # -- phase: step -----------------------------------------------------------------------------------------
+
+    def _step(self, worker: int, message: Message) -> None:
+        aggregator = self._aggregators[message.optimizer]
+        aggregator.begin(worker, message.info)
+        self._waiting_since = time.monotonic()
+        now = time.perf_counter_ns()
+        self._pushed_at[worker] = (now, now)
+        if len(aggregator.announced) < self._num_workers:
+            return
+        if self._naive is None:
+            self._advance(message.optimizer, None)
+        else:
+            self.statistics.num_bytes += aggregator.step_naively(self._naive)
+            self._finish_step(message.optimizer)
+
+    def _push(self, worker: int, message: Message) -> None:
+        self._aggregators[message.optimizer].add(worker, message.bucket, message.part, message.payload)
+        self._pushed_at[worker] = (self._pushed_at[worker][0], time.perf_counter_ns())
+        self.statistics.num_bytes += len(message.payload)
+        self._advance(message.optimizer, message.bucket)
+
+    def _advance(self, number: int, bucket_index: int | None) -> None:
+        aggregator = self._aggregators[number]
+        for bucket, changed in aggregator.advance(bucket_index):
+            self._answer(number, bucket, changed)
+        if aggregator.finished:
+            self._finish_step(number)
+
+    def _answer(self, number: int, bucket: Any, changed: bool) -> None:
+        aggregator = self._aggregators[number]
+        for part, (start, end) in enumerate(aggregator.layout.parts(bucket)):
+            # No tracker: workers push the next step only after they have received all of this one.
+            payload = tensor_bytes(aggregator.values(bucket, start, end).cpu()) if changed else None
+            for worker in range(self._num_workers):
+                self._send(worker, Message(Kind.PULL, number, bucket.index(), part, payload=payload))
+                self.statistics.num_bytes += 0 if payload is None else len(payload)
+
+    def _finish_step(self, number: int) -> None:
+        aggregator, stats = self._aggregators[number], self.statistics
+        receive_ms = {w: (last - first) / 1e6 for w, (first, last) in self._pushed_at.items()}
+        times = {"reduce_ms": aggregator.reduce_ms, "optimizer_ms": aggregator.optimizer_ms}
+        for worker in range(self._num_workers):
+            self._send(worker, Message(Kind.DONE, number, info={"receive_ms": receive_ms[worker], **times}))
+        aggregator.reset()
+        self._waiting_since = None
+        stats.num_steps += 1
+        stats.total_steps += 1
+        stats.receive_ms += max(receive_ms.values())
+        stats.reduce_ms += times["reduce_ms"]
+        stats.optimizer_ms += times["optimizer_ms"]
+        self._on_step(stats)
+
+    # -- optimizer state -------------------------------------------------------------------------------------
+
+    def _get_state(self, worker: int, message: Message) -> None:
+        info, payload = pack_tree(self._aggregators[message.optimizer].optimizer.state_dict())
+        self._send(worker, Message(Kind.STATE, message.optimizer, info=info, payload=payload))
+
+    def _set_state(self, worker: int, message: Message) -> None:
+        state = unpack_tree(message.info, message.payload)
+        self._aggregators[message.optimizer].optimizer.load_state_dict(state)
+        self._send(worker, Message(Kind.STATE, message.optimizer))
+
+    # -- phase: bye ------------------------------------------------------------------------------------------
+
+    def _bye(self, worker: int, message: Message) -> None:
+        self._left[worker] = (message.info["info"], unpack_tree(message.info["tree"], message.payload))
+
+    def _fail(self, worker: int, message: Message) -> None:
+        self._left[worker] = None
+        raise WorkerFailed(f"worker {worker} failed: {message.info['error']}")
+
+    def release(self) -> None:
+        """Give every parameter memory of its own again, for whoever uses the model after the run."""
+        for aggregator in self._aggregators:
+            for group in aggregator.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.data = parameter.data.clone()
+
+
+_HANDLERS: dict[Kind, Callable[[ParameterServer, int, Message], None]] = {
+    Kind.HELLO: ParameterServer._hello,
+    Kind.INIT: ParameterServer._init,
+    Kind.STEP: ParameterServer._step,
+    Kind.PUSH: ParameterServer._push,
+    Kind.GET_STATE: ParameterServer._get_state,
+    Kind.SET_STATE: ParameterServer._set_state,
+    Kind.BYE: ParameterServer._bye,
+    Kind.FAIL: ParameterServer._fail,
+}

@@ -1,0 +1,172 @@
+"""Executes the runs of a comparison one after another, shows how far they are, keeps what each leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from .processes import child_environment
+from .report import atomic_write_json, failed_filename, method_of, result_filename, result_stem
+
+_STEP = re.compile(r"^epoch (\d+)/(\d+) step (\d+)/(\d+)")
+_DONE = re.compile(r"^epoch (\d+)/(\d+) done")
+_SHOWN = re.compile(r"^(epoch |server: )")
+_END_PATIENCE_S = 10.0
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """One ``gradsync fit`` of a comparison."""
+
+    strategy: str
+    num_trainers: int | None
+    """Only where several counts are swept."""
+    repeat: int
+    arguments: list[str]
+
+    @property
+    def name(self) -> str:
+        """For people and TensorBoard: strategy, count, repeat."""
+        count = f"_w{self.num_trainers}" if self.num_trainers is not None else ""
+        return f"{self.strategy}{count}{f'_r{self.repeat}' if self.repeat > 1 else ''}"
+
+    @property
+    def stem(self) -> str:
+        """For the files it leaves."""
+        return result_stem(self.strategy, training_processes=self.num_trainers, repeat=self.repeat)
+
+
+@final
+class ComparisonRuns:
+    """Runs in order. A failed one leaves ``failed_*.json`` and its log; the others go on."""
+
+    def __init__(self, runs: list[Run], output: Path, console: Console) -> None:
+        self._runs = runs
+        self._output = output
+        self._console = console
+        self._started = time.monotonic()
+        (output / "logs").mkdir(exist_ok=True)
+
+    def execute(self) -> list[Run]:
+        """Block until all have ended; return those that failed. Ctrl-C ends the one under way and raises."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} % {task.fields[left]}"),
+        )
+        failed = []
+        with Progress(*columns, console=self._console, disable=not self._console.is_terminal, transient=True) as bar:
+            self._task = bar.add_task("", total=len(self._runs), left="")
+            self._bar = bar
+            for number, run in enumerate(self._runs):
+                bar.update(self._task, description=f"{run.name} ({number + 1} of {len(self._runs)})")
+                error = self._execute(number, run)
+                if error is not None:
+                    self._say(run, f"FAILED: {error}")
+                    failed.append(run)
+        return failed
+
+    def _execute(self, number: int, run: Run) -> str | None:
+        """Run one fit; None or its error in one line."""
+        log_path = self._output / "logs" / f"{run.stem}.log"
+        results = self._output / result_filename(run.stem)
+        paths = ["--run_dir", str(self._output / "tensorboard" / run.name), "--results", str(results)]
+        command = [sys.executable, "-m", "gradsync", *run.arguments, *paths]
+        self._say(run, f"starting, log in {log_path}")
+        with log_path.open("w", buffering=1) as log:
+            log.write(f"$ {' '.join(command)}\n")
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=_environment(),
+                start_new_session=True,
+            )
+            assert process.stdout is not None
+            try:
+                last_lines = self._follow(number, run, process.stdout, log)
+                code = process.wait()
+            finally:
+                _end_group(process)
+        if code == 0:
+            return None
+        error = _error_in(last_lines) or f"exit code {code}"
+        failure = {
+            "strategy": run.strategy,
+            "method": method_of(run.strategy).name,
+            "exit_code": code,
+            "error": error,
+            "log": str(log_path.relative_to(self._output)),
+        }
+        atomic_write_json(self._output / failed_filename(run.stem), failure)
+        return error
+
+    def _follow(self, number: int, run: Run, output: IO[str], log: IO[str]) -> list[str]:
+        """Copy output to the log, show what matters; return the last lines."""
+        last: list[str] = []
+        for line in output:
+            log.write(line)
+            last = [*last[-199:], line.rstrip()]
+            if _SHOWN.match(line):
+                self._show_progress(number, line)
+                self._say(run, line.rstrip())
+        return last
+
+    def _show_progress(self, number: int, line: str) -> None:
+        if step := _STEP.match(line):
+            epoch, epochs, at, steps = map(int, step.groups())
+            share = (epoch - 1 + at / steps) / epochs
+        elif done := _DONE.match(line):
+            epoch, epochs = map(int, done.groups())
+            share = epoch / epochs
+        else:
+            return
+        completed = number + share
+        left_s = (time.monotonic() - self._started) / completed * (len(self._runs) - completed)
+        left = f"about {left_s / 60:.0f} min left" if left_s > 90 else f"about {left_s:.0f} s left"
+        self._bar.update(self._task, completed=completed, left=left)
+        if _DONE.match(line) and not self._console.is_terminal:
+            self._console.print(f"{completed / len(self._runs):.0%} of the comparison, {left}", markup=False)
+
+    def _say(self, run: Run, line: str) -> None:
+        self._console.print(f"[{run.name}] {line}", markup=False, soft_wrap=True)
+
+
+def _environment() -> dict[str, str]:
+    """One thread per rank unless the user says otherwise: ranks share the cores."""
+    environment = child_environment()
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """No process outlives its run: ask the run's group to end, then make it."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, signum)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(_END_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _error_in(lines: list[str]) -> str | None:
+    """What a run says of its own failure; a first failure elsewhere counts more than its consequences."""
+    said = [line.removeprefix("gradsync: ") for line in lines if line.startswith("gradsync: ")]
+    direct = [line for line in said if line.startswith("error: ")]
+    return (direct or said or [None])[0]

@@ -1,0 +1,45 @@
+"""What people run into, in one line each, with the flag that helps."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from .comm.diagnosis import explain_timeout, is_lost_peer, is_timeout
+from .comm.server import ServerFailed, WorkerFailed
+from .errors import UserError
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator", re.IGNORECASE)
+
+TIMEOUT_REMEDY = (
+    "--trainer.strategy.timeout_s SECONDS raises the limit (under ddp: --trainer.strategy.timeout HH:MM:SS)"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    )
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether another process's failure caused this one."""
+    return is_lost_peer(error) or isinstance(error, (WorkerFailed, ServerFailed))
+
+
+def one_line(error: BaseException) -> str | None:
+    """The error and its remedy in one line, None for one that needs its traceback.
+
+    After a timeout it holds a roll call among the ranks, which takes two seconds.
+    """
+    if isinstance(error, (UserError, WorkerFailed, ServerFailed)):
+        return str(error)
+    if is_out_of_memory(error):
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"out of memory: lower --data.batch_size, the batch of each process ({detail})"
+    if is_timeout(error):
+        return explain_timeout(TIMEOUT_REMEDY)
+    if is_lost_peer(error):
+        return f"another process of the run has gone; its own error stands above or in its log ({error})"
+    return None

@@ -1,0 +1,182 @@
+"""Any classification network of torchvision as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI, LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from ..errors import UserError
+from .metrics import MeanLoss, PercentCorrect
+from .networks import build_network, check_arch
+from .schedules import Schedule, learning_rate_factor
+from .weights import load_weights
+
+Batch = tuple[Tensor, Tensor]
+
+
+@final
+class ImageClassifier(LightningModule):
+    """Classifies images (N, 3, H, W); a batch is (images, labels (N,)).
+
+    Logs ``train/loss`` for every step on its own rank; for every epoch and over all ranks ``train/loss_epoch``,
+    ``train/top1``, ``val/loss``, ``val/top1``, ``val/top5`` and the same three of ``test/``. Accuracies are percent.
+
+    The network is built in ``configure_model``: by the Trainer, by ``load_from_checkpoint``, or by whoever uses the
+    module without them.
+
+    Args:
+        arch: Name of a torchvision classification network, such as ``resnet18`` or ``vit_b_16``.
+        weights: What to start from: torchvision's name of published weights, such as ``IMAGENET1K_V2``, or a local
+            file, such as ``resnet50-0676ba61.pth``. Random weights without it.
+        num_classes: Number of classes. Without it the data module says it.
+        label_smoothing: Share of the target that is spread over all classes, in training only.
+        zero_init_residual: Start every residual block of a ResNet as the identity.
+        channels_last: Keep images and weights in channels-last memory format.
+        optimizer: Optimizer of the parameters.
+        schedule: Factor on the learning rate at every step of the run: ``one_cycle``, ``cosine`` or ``constant``.
+        warmup_epochs: Epochs in which the learning rate rises. Without it 30 % of the run for ``one_cycle``, else 0.
+        lr_scheduler: A scheduler to step after every epoch, instead of ``schedule``.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        weights: str | None = None,
+        num_classes: int | None = None,
+        label_smoothing: float = 0.1,
+        zero_init_residual: bool = True,
+        channels_last: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
+            params, lr=0.05, momentum=0.9, weight_decay=1e-4, fused=True
+        ),
+        schedule: Schedule = "one_cycle",
+        warmup_epochs: float | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.arch = check_arch(arch)
+        self.weights = weights
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.zero_init_residual = zero_init_residual
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.optimizer = optimizer
+        self.schedule: Schedule = schedule
+        self.warmup_epochs = warmup_epochs
+        self.lr_scheduler = lr_scheduler
+        self.net: nn.Module | None = None
+
+    @override
+    def configure_model(self) -> None:
+        """Build the network and the accuracies, once; called on every rank before its strategy's setup."""
+        if self.net is not None:
+            return
+        num_classes = self._find_num_classes()
+        net = build_network(self.arch, num_classes, self.zero_init_residual, rescale_input=self.weights is not None)
+        if self.weights is not None and (note := load_weights(net, self.arch, self.weights)):
+            rank_zero_info(note)
+        self.net = net.to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
+        self.num_classes = self.hparams["num_classes"] = num_classes
+        self.metrics = nn.ModuleDict(
+            {
+                "train/loss_epoch": MeanLoss(),
+                "train/top1": PercentCorrect(num_classes),
+                **{f"{stage}/loss": MeanLoss() for stage in ("val", "test")},
+                **{f"{stage}/top{k}": PercentCorrect(num_classes, k) for stage in ("val", "test") for k in (1, 5)},
+            }
+        )
+
+    def _find_num_classes(self) -> int:
+        datamodule = getattr(self._trainer, "datamodule", None)
+        in_data: int | None = getattr(datamodule, "num_classes", None)
+        num_classes = self.num_classes or in_data
+        if num_classes is None:
+            raise UserError("--model.num_classes is needed: no data module with `num_classes` says it")
+        if in_data is not None and num_classes < in_data:
+            raise UserError(f"--model.num_classes must be >= {in_data}, the classes of the data, got {num_classes}")
+        return num_classes
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes)."""
+        assert self.net is not None, "configure_model() comes first"
+        return self.net(images.to(memory_format=self.memory_format))
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        self._log_epoch("train", loss, logits, labels)
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        images, labels = batch
+        logits = self(images)
+        self._log_epoch(stage, functional.cross_entropy(logits, labels), logits, labels)
+
+    def _log_epoch(self, stage: str, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Update the stage's metrics. Ranks are synchronized when Lightning computes them, at the end of the epoch."""
+        for name, metric in self.metrics.items():
+            if not name.startswith(stage):
+                continue
+            if isinstance(metric, MeanLoss):
+                metric.update(loss.detach(), len(labels))
+            else:
+                assert isinstance(metric, PercentCorrect)
+                metric.update(logits.detach(), labels)
+            self.log(name, metric, on_step=False, on_epoch=True, prog_bar=stage == "val")
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """``predicted`` (N,) int64, ``probabilities`` (N, num_classes), and the batch's ``label`` (N,)."""
+        images, labels = batch
+        probabilities = self(images).softmax(dim=1)
+        return {"predicted": probabilities.argmax(dim=1), "probabilities": probabilities, "label": labels}
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is not None:
+            return LightningCLI.configure_optimizers(self, optimizer, self.lr_scheduler(optimizer))
+        scheduler = LambdaLR(optimizer, self._learning_rate_factor())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _learning_rate_factor(self) -> Callable[[int], float]:
+        total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == math.inf and self.schedule != "constant":
+            raise UserError(
+                f"--model.schedule {self.schedule} needs an end: set --trainer.max_epochs or --trainer.max_steps, or"
+                " choose --model.schedule constant"
+            )
+        warmup_steps = None
+        if self.warmup_epochs is not None:
+            steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+            warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        return learning_rate_factor(self.schedule, total_steps, warmup_steps)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The checkpoint holds the weights: whoever loads it need not have the file that training started from.
+        checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "weights": None}

@@ -1,0 +1,66 @@
+"""Small agreements between a process and those it starts: nobody outlives a run, the first error is the one shown."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+_DIE_WITH_PARENT = "GRADSYNC_DIE_WITH_PARENT"
+_FAILURES = "GRADSYNC_FAILURES"
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it ends, if that is one of ours; mark our own children likewise."""
+    if os.environ.get(_DIE_WITH_PARENT):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ[_DIE_WITH_PARENT] = "1"
+
+
+def child_environment() -> dict[str, str]:
+    """The environment for a run that must end with this process; nothing of a distributed run leaks into it."""
+    leaked = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", _FAILURES}
+    environment = {k: v for k, v in os.environ.items() if k not in leaked}
+    return {**environment, _DIE_WITH_PARENT: "1", "PYTHONUNBUFFERED": "1"}
+
+
+class FailureRecords:
+    """A folder in which the processes of one host note why they end; made by the first, inherited by the others."""
+
+    def __init__(self) -> None:
+        self._owner = _FAILURES not in os.environ
+        if self._owner:
+            os.environ[_FAILURES] = tempfile.mkdtemp(prefix="gradsync-failures-")
+        self._folder = Path(os.environ[_FAILURES])
+
+    def note(self, text: str) -> None:
+        """Record this process's own error (not that of a peer)."""
+        record = {"time": time.time(), "rank": os.environ.get("LOCAL_RANK", "0"), "error": text}
+        part = self._folder / f"{os.getpid()}.part"
+        if self._folder.is_dir():
+            part.write_text(json.dumps(record))
+            part.rename(part.with_suffix(".json"))
+
+    def first(self, patience_s: float) -> str | None:
+        """``"process 1: its error"`` of whoever failed first, waiting up to ``patience_s`` seconds for one."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            records = [json.loads(path.read_text()) for path in self._folder.glob("*.json")]
+            if records:
+                first = min(records, key=lambda record: record["time"])
+                return f"process {first['rank']}: {first['error']}"
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """Remove the folder, if this process made it."""
+        if self._owner:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.environ.pop(_FAILURES, None)

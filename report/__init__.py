@@ -1,0 +1,105 @@
+"""Result files of a comparison -> tables, plots and a text report. Needs files only: neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from ..errors import UserError
+from .comparison import Comparison
+from .files import atomic_write_json, atomic_write_text
+from .methods import FAILED_PATTERN, RESULT_PATTERN, failed_filename, method_of, result_filename, result_stem
+from .plots import write_plots
+from .results import LoadedResults, load_results
+from .tables import communication_table, throughput_table
+from .text import write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "Comparison",
+    "LoadedResults",
+    "ReportPaths",
+    "atomic_write_json",
+    "atomic_write_text",
+    "failed_filename",
+    "load_results",
+    "make_report",
+    "method_of",
+    "result_filename",
+    "result_stem",
+]
+
+
+@final
+@dataclass(frozen=True)
+class ReportPaths:
+    """What :func:`make_report` has written, with paths as relative as the folder's was."""
+
+    text: Path
+    plots: tuple[Path, ...]
+
+
+def make_report(folder: Path, console: Console | None = None) -> ReportPaths:
+    """Report on the ``results_*.json`` in `folder`: print both tables, write text and plots beside the results.
+
+    Ends with the paths of all of them and the next command to type. Broken or missing results are named, and the
+    report is made from the rest. The text is written before the plots, so it exists even where matplotlib is missing.
+    Raises: UserError if there is no usable result, the folder cannot be read or written, or matplotlib is missing.
+    """
+    if console is None:
+        from rich.console import Console
+
+        console = Console()
+    folder = Path(folder)
+    try:
+        comparison = _load(folder)
+        _print_tables(comparison, console)
+        text = write_text(comparison)
+        paths = ReportPaths(text, write_plots(comparison))
+    except OSError as error:
+        raise UserError(f"The report on {folder} cannot be made: {error.strerror} ({error.filename})") from error
+    _print_summary(folder, paths, console)
+    return paths
+
+
+def _load(folder: Path) -> Comparison:
+    wanted = f"looked for {RESULT_PATTERN}, which `gradsync compare --output DIR` writes"
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} ({wanted} into DIR).")
+    loaded = load_results(folder)
+    if not loaded.results:
+        has_files = any(any(folder.glob(pattern)) for pattern in (RESULT_PATTERN, FAILED_PATTERN))
+        what = f"no usable result in {folder}" if has_files else f"no result in {folder}"
+        causes = "".join(f"\n  {problem}" for problem in loaded.problems) if has_files else ""
+        raise UserError(f"There is {what} ({wanted}).{causes}")
+    return Comparison.of(folder, loaded)
+
+
+def _print_tables(comparison: Comparison, console: Console) -> None:
+    for table in (throughput_table(comparison), communication_table(comparison)):
+        console.print(table.as_rich())
+        console.print()
+    for problem in comparison.problems:
+        _say(console, f"Warning: {problem}", style="yellow")
+
+
+def _print_summary(folder: Path, paths: ReportPaths, console: Console) -> None:
+    _say(console, "Written:", style="bold")
+    for path in (paths.text, *paths.plots):
+        _say(console, f"  {path}")
+    logs = folder / "tensorboard"
+    if logs.is_dir():
+        _say(console, "Next, to look closer:", style="bold")
+        _say(console, f"  tensorboard --logdir {shlex.quote(str(logs))}")
+        _say(console, "  and open http://localhost:6006/#custom_scalars")
+    else:
+        _say(console, f"No TensorBoard logs in {logs}: nothing to look closer at than these files.")
+
+
+def _say(console: Console, line: str, style: str | None = None) -> None:
+    """Uncut and unwrapped: paths and commands are there to be copied."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,156 @@
+"""Reading a JSON object that may be wrong anywhere: what is wrong is named, and reading goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from .figures import NAN
+
+_PROBLEMS_SHOWN_PER_FILE = 4
+
+
+class UnusableError(Exception):
+    """A file lacks what a report cannot do without; the text says what."""
+
+
+@final
+class Fields:
+    """One JSON object. Absent figures are NaN, absent texts empty; wrong ones too, and `problems` names them."""
+
+    def __init__(self, record: Mapping[str, Any], problems: list[str], where: str = "") -> None:
+        self._record = record
+        self._problems = problems
+        self._where = where
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._record
+
+    def number(self, key: str, *, minimum: float = -math.inf, nullable: bool = False) -> float:
+        """A finite number, else NaN. `nullable`: null is a legitimate way to say that there is none."""
+        value = self._record.get(key)
+        if key not in self._record or (nullable and value is None):
+            return NAN
+        number = finite(value)
+        if math.isnan(number) or number < minimum:
+            wanted = "a finite number" if minimum == -math.inf else f"a finite number >= {minimum:g}"
+            self._complain(key, wanted, value)
+            return NAN
+        return number
+
+    def text(self, key: str) -> str:
+        value = self._record.get(key)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            self._complain(key, "a text", value)
+            return ""
+        return one_line(value)
+
+    def flag(self, key: str) -> bool | None:
+        """True or false; None if the file does not say."""
+        value = self._record.get(key)
+        if value is not None and not isinstance(value, bool):
+            self._complain(key, "true or false", value)
+            return None
+        return value
+
+    def count(self, key: str) -> int | None:
+        """A whole number from 1; None if the file does not say."""
+        number = self.number(key, minimum=1, nullable=True)
+        if math.isnan(number):
+            return None
+        if number != int(number):
+            self._complain(key, "a whole number", number)
+            return None
+        return int(number)
+
+    def record(self, key: str, *, where: str = "") -> Fields:
+        """The object under `key`, empty if there is none."""
+        return Fields(self.mapping(key), self._problems, where or f"{self._where}{key}.")
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        value = self._record.get(key)
+        if value is not None and not isinstance(value, dict):
+            self._complain(key, "an object", value)
+            return {}
+        return value or {}
+
+    def records(self, key: str, name: str) -> list[Fields]:
+        """The objects in the list under `key`; what is none is left out. Problems call the k-th "`name` k"."""
+        found = []
+        for index, value in enumerate(self._list(key), start=1):
+            if isinstance(value, dict):
+                found.append(Fields(value, self._problems, f"{self._where}{name} {index}: "))
+            else:
+                self._complain(f"{name} {index}", "an object", value)
+        return found
+
+    def numbers(self, key: str, name: str) -> tuple[float, ...]:
+        """The list under `key`, with NaN for what is no finite number; one problem for all of them."""
+        values = self._list(key)
+        numbers = tuple(finite(value) for value in values)
+        broken = [index for index, number in enumerate(numbers) if math.isnan(number)]
+        if broken:
+            first = f"{name} {broken[0] + 1}, is {_shown(values[broken[0]])}"
+            self._problems.append(
+                f"{self._where}{key}: {len(broken)} of {len(values)} are not finite numbers; the first, {first}"
+            )
+        return numbers
+
+    def _list(self, key: str) -> list[Any]:
+        value = self._record.get(key)
+        if value is not None and not isinstance(value, list):
+            self._complain(key, "a list", value)
+            return []
+        return value or []
+
+    def _complain(self, key: str, wanted: str, got: Any) -> None:
+        self._problems.append(f"{self._where}{key} must be {wanted}, got {_shown(got)}")
+
+
+def finite(value: Any) -> float:
+    """`value` as a float if JSON wrote it as a finite number, else NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return NAN
+    try:
+        number = float(value)
+    except OverflowError:
+        return NAN
+    return number if math.isfinite(number) else NAN
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters: it goes into tables, pictures and terminals."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    text = one_line(repr(value))
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in the file at `path`. Raises: UnusableError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+    except OSError as error:
+        raise UnusableError(f"it cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UnusableError(f"it is no complete JSON, half-written perhaps ({one_line(str(error))})") from error
+    if not isinstance(content, dict):
+        raise UnusableError(f"it must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def shortened(problems: Sequence[str]) -> list[str]:
+    """The first few of one file's problems, and how many more there are."""
+    if len(problems) <= _PROBLEMS_SHOWN_PER_FILE:
+        return list(problems)
+    return [*problems[:_PROBLEMS_SHOWN_PER_FILE], f"and {len(problems) - _PROBLEMS_SHOWN_PER_FILE} more wrong values"]

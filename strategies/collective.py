@@ -1,0 +1,232 @@
+"""The part that our strategies share: topology, process group, set-up order, buffers, control plane."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device, _init_dist_connection
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from ..comm.broadcast import broadcast_tensors
+from ..comm.timeline import Timeline
+from ..errors import UserError
+from .control_plane import ControlPlane, GroupControlPlane, LocalControlPlane
+
+
+class CollectiveStrategy(ParallelStrategy):
+    """One process per device, replicas kept equal by a concrete strategy. Works on CPU (gloo) and CUDA (NCCL).
+
+    Subclasses implement :meth:`start_fitting`, :meth:`stop_fitting`, and one of Lightning's step hooks
+    (``backward``, ``optimizer_step``) in which gradients travel.
+
+    Args:
+        process_group_backend: ``gloo`` or ``nccl``; by default what suits the device.
+        timeout_s: Seconds that a rank waits for the others in one operation before it gives up.
+        broadcast_buffers: Give every rank rank 0's buffers (BatchNorm statistics) before a forward pass that
+            follows a synchronizing step, as DDP does.
+    """
+
+    is_distributed = True  # or Lightning injects no DistributedSampler and ignores sync_dist
+    strategy_name: str
+    communicates_in_optimizer_step = False
+
+    def __init__(
+        self,
+        process_group_backend: str | None = None,
+        timeout_s: float = 300.0,
+        broadcast_buffers: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if timeout_s <= 0:
+            raise UserError(f"--trainer.strategy.timeout_s must be > 0 seconds, got {timeout_s}")
+        if process_group_backend not in (None, "gloo", "nccl"):
+            raise UserError(
+                f"--trainer.strategy.process_group_backend must be gloo or nccl, got {process_group_backend!r}"
+            )
+        self.timeline = Timeline()
+        self.control: ControlPlane = LocalControlPlane()
+        self.timeout = timedelta(seconds=timeout_s)
+        self._process_group_backend = process_group_backend
+        self._broadcast_buffers = broadcast_buffers
+        self._buffers_due = True
+        self._accumulating = False
+        self._num_nodes = 1
+
+    # -- what a concrete strategy adds -----------------------------------------------------------------------
+
+    @abstractmethod
+    def start_fitting(self) -> None:
+        """Prepare communication: the model is on its device, equal on all ranks, optimizers exist."""
+
+    @abstractmethod
+    def stop_fitting(self) -> None:
+        """Undo :meth:`start_fitting`; called once for it, also after an exception. Must not block on peers."""
+
+    def accumulate_locally(self) -> Any:
+        """Context manager in which backward passes do not communicate (gradient accumulation)."""
+        raise NotImplementedError
+
+    # -- topology --------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        assert self.cluster_environment is not None
+        return self.parallel_devices[self.cluster_environment.local_rank()]
+
+    @property
+    def num_nodes(self) -> int:
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # A process beyond the world (the parameter server) never draws samples: any rank's sampler will do.
+        return {"num_replicas": self.world_size, "rank": self.global_rank % self.world_size}
+
+    @property
+    def process_group_backend(self) -> str:
+        return self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+
+    def set_world_ranks(self) -> None:
+        """Called by the Trainer's constructor and before the process group starts."""
+        environment = self.cluster_environment
+        if environment is not None:
+            environment.set_global_rank(self.node_rank * self.num_processes + environment.local_rank())
+            environment.set_world_size(self.num_nodes * self.num_processes)
+        for decorator in (rank_zero_only, utils_rank_zero_only):  # one as Lightning, one as its utilities import it
+            setattr(decorator, "rank", self.global_rank)  # noqa: B010 (a function attribute)
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    # -- life cycle ------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        self.connect_processes()
+
+    def connect_processes(self) -> None:
+        """Start the default process group and the control plane on it. Blocks until all ranks are here."""
+        assert self.cluster_environment is not None
+        device = self.root_device if self.root_device.type != "cpu" else None
+        _init_dist_connection(
+            self.cluster_environment, self.process_group_backend, timeout=self.timeout, device_id=device
+        )
+        self.control = GroupControlPlane(self.root_device)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        self.prepare_model(trainer)
+        assert self.model is not None
+        broadcast_tensors(self._state())
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+            self._buffers_due = True
+            self.start_fitting()
+            self._fitting = True
+
+    _fitting = False
+
+    def prepare_model(self, trainer: pl.Trainer) -> None:
+        """Convert the module and move it to its device; nothing here talks to another rank."""
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None:
+            if self.root_device.type == "cpu":
+                raise UserError("--trainer.sync_batchnorm needs CUDA: torch's SyncBatchNorm has no CPU version")
+            self.model = self._layer_sync.apply(self.model)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+
+    def _state(self) -> list[Tensor]:
+        assert self.model is not None
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    @override
+    def teardown(self) -> None:
+        if self._fitting:
+            self._fitting = False
+            self.stop_fitting()
+            if self._layer_sync is not None and self.model is not None:
+                self.model = self._layer_sync.revert(self.model)
+        super().teardown()
+
+    # -- steps -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        self._accumulating = True
+        try:
+            with self.accumulate_locally():
+                yield
+        finally:
+            self._accumulating = False
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._broadcast_buffers and self._buffers_due:
+            assert self.model is not None
+            broadcast_tensors(self.model.buffers())
+        # As Lightning's DDP, which under manual optimization broadcasts before the first forward only.
+        assert self.lightning_module is not None
+        self._buffers_due = not self._accumulating and self.lightning_module.automatic_optimization
+        return super().training_step(*args, **kwargs)
+
+    # -- control plane ---------------------------------------------------------------------------------------
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        self.control.barrier(name)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return self.control.broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Tensor | Any, group: Any = None, reduce_op: Any = "mean") -> Tensor | Any:
+        return self.control.reduce(tensor, group, reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return self.control.all_gather(tensor, group, sync_grads)

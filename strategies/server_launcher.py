@@ -1,0 +1,62 @@
+"""Starts the processes of a parameter-server run: this one serves, the others train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, final
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerStatus
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from .parameter_server import ParameterServerStrategy
+
+
+class ServingDone(BaseException):
+    """Unwinds the server process out of the Trainer when all workers have left. Not an error, never shown."""
+
+
+@final
+class ServerLauncher(_SubprocessScriptLauncher):
+    """Runs Lightning's entry point on every process; on process 0 it ends inside ``strategy.setup``, which serves.
+
+    The server thereby passes the same hooks as a worker (datamodule and module ``setup``, ``configure_model``)
+    and needs no second way to build the model. Unlike Lightning's, it watches the children itself: their
+    observer would kill this process before it could say who failed.
+    """
+
+    def __init__(self, strategy: ParameterServerStrategy, *args: Any) -> None:
+        super().__init__(*args)
+        self._strategy = strategy
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+        assert trainer is not None
+        try:
+            result = function(*args, **kwargs)
+        except ServingDone:
+            return self._end(trainer)
+        self._strategy.leave(trainer, result)
+        return result
+
+    def _end(self, trainer: pl.Trainer) -> Any:
+        """Leave the trainer as after a normal run, with worker 0's metrics and checkpoint paths in it."""
+        trainer._teardown()
+        call._call_teardown_hook(trainer)
+        trainer.state.status = TrainerStatus.FINISHED
+        trainer.state.stage = None
+        trainer.training = False
+        return self._strategy.hand_over(trainer)
+
+    def first_exit_code(self) -> tuple[int, int] | None:
+        """(process rank, exit code) of a child that has ended with an error, None if there is none."""
+        for index, process in enumerate(self.procs):
+            if process.poll():
+                return index + 1, process.returncode
+        return None

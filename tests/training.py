@@ -1,0 +1,137 @@
+"""Small real trainings that run on every rank of :func:`distributed.run_distributed`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gradsync
+
+NUM_CLASSES = 3
+
+
+class Mlp(pl.LightningModule):
+    """A plain MLP; options add what distributed training tends to get wrong."""
+
+    def __init__(
+        self,
+        batch_norm: bool = False,
+        frozen: bool = False,
+        unused: bool = False,
+        optimizer: str = "sgd",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d(32) if batch_norm else nn.Identity()
+        self.net = nn.Sequential(
+            nn.Linear(10, 32), norm, nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, NUM_CLASSES)
+        )
+        self.extra = nn.Linear(4, 4) if unused else nn.Identity()
+        self.kind = optimizer
+        if frozen:
+            self.net[0].requires_grad_(False)
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        if self.kind == "adamw":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+class TwoOptimizers(Mlp):
+    """Manual optimization, one optimizer per half of the network, two backward passes per batch."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=True)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        first, second = self.net[:3].parameters(), self.net[3:].parameters()
+        return torch.optim.SGD(first, lr=0.1, momentum=0.9), torch.optim.AdamW(second, lr=1e-2)
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+            optimizer.step()
+
+
+def make_data(num: int = 480) -> TensorDataset:
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.randint(0, NUM_CLASSES, (num,), generator=generator)
+    return TensorDataset(torch.randn(num, 10, generator=generator) + labels[:, None], labels)
+
+
+def make_trainer(strategy: Any, devices: int, **options: Any) -> pl.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_steps": 20,
+    }
+    return pl.Trainer(strategy=strategy, devices=devices, **{**defaults, **options})
+
+
+def make_strategy(name: str, options: dict[str, Any] | None = None) -> Any:
+    if name == "ddp":
+        return DDPStrategy(**(options or {}))
+    return gradsync.STRATEGIES[name](**(options or {}))
+
+
+def quiet() -> None:
+    """Ranks are separate processes: hints of Lightning about speed are not what a trial is about."""
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def train(
+    rank: int,
+    strategy: str,
+    devices: int,
+    model: dict[str, Any] | str | None = None,
+    trainer: dict[str, Any] | None = None,
+    strategy_options: dict[str, Any] | None = None,
+    ckpt_path: str | None = None,
+    batch_size: int = 8,
+) -> dict[str, torch.Tensor]:
+    """Fit and return the state dict this process ends with."""
+    quiet()
+    pl.seed_everything(1, verbose=False)
+    module = TwoOptimizers() if model == "two_optimizers" else Mlp(**(model or {}))
+    runner = make_trainer(make_strategy(strategy, strategy_options), devices, **(trainer or {}))
+    runner.fit(module, DataLoader(make_data(), batch_size=batch_size), ckpt_path=ckpt_path)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def num_processes(strategy: str, num_trainers: int) -> int:
+    """All processes of a run with ``num_trainers`` training ones."""
+    return num_trainers + (1 if strategy == "parameter_server" else 0)
+
+
+def trainers_only(strategy: str, results: list[Any]) -> list[Any]:
+    """Results of the training processes, in rank order."""
+    return results[1:] if strategy == "parameter_server" else results
+
+
+def newest_checkpoint(folder: str | Path) -> str:
+    return str(max(Path(folder).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns))
