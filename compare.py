@@ -26,6 +26,7 @@ from .strategy_flag import check_name
 _DEFAULT_STRATEGIES = "ddp,manual_allreduce,parameter_server"
 _DEMO_RECIPE = Path(__file__).parent / "configs" / "recipe" / "demo.yaml"
 _DEMO_BATCH_SIZE = 16
+_DEMO_EPOCHS = 4
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,7 +99,7 @@ class Plan:
             "--trainer.strategy.process_group_backend": o.backend,
             "--trainer.accelerator": {"nccl": "gpu", "gloo": "cpu", None: None}[o.backend],
             "--trainer.devices": num_trainers + servers,
-            "--trainer.max_epochs": o.epochs or (None if o.demo else 3),
+            "--trainer.max_epochs": self.epochs,
             "--trainer.enable_checkpointing": "false",
             "--trainer.enable_model_summary": "false",
             "--data.batch_size": batch_size,
@@ -110,11 +111,15 @@ class Plan:
         given = [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
         return ["fit", *config, *given, *self.extra]
 
+    @property
+    def epochs(self) -> int:
+        return self.options.epochs or (_DEMO_EPOCHS if self.options.demo else 3)
+
     def runs(self) -> list[Run]:
         """Repeats outermost, so that a change of the machine's mood hits all strategies alike."""
         counts = self.options.devices
         return [
-            Run(strategy, count if len(counts) > 1 else None, repeat, self.fit_arguments(strategy, count))
+            Run(strategy, count if len(counts) > 1 else None, repeat, self.epochs, self.fit_arguments(strategy, count))
             for repeat in range(1, self.options.repeats + 1)
             for count in counts
             for strategy in self.options.strategies

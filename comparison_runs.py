@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from .processes import child_environment
 from .report import atomic_write_json, failed_filename, method_of, result_filename, result_stem
 
-_STEP = re.compile(r"^epoch (\d+)/(\d+) step (\d+)/(\d+)")
-_DONE = re.compile(r"^epoch (\d+)/(\d+) done")
+_STEP = re.compile(r"^epoch (\d+) step (\d+)/(\d+)")
+_DONE = re.compile(r"^epoch (\d+)/\d+ done")
 _SHOWN = re.compile(r"^(epoch |server: )")
 _END_PATIENCE_S = 10.0
 
@@ -33,6 +33,7 @@ class Run:
     num_trainers: int | None
     """Only where several counts are swept."""
     repeat: int
+    epochs: int
     arguments: list[str]
 
     @property
@@ -121,20 +122,19 @@ class ComparisonRuns:
             log.write(line)
             last = [*last[-199:], line.rstrip()]
             if _SHOWN.match(line):
-                self._show_progress(number, line)
+                self._show_progress(number, run, line)
                 self._say(run, line.rstrip())
         return last
 
-    def _show_progress(self, number: int, line: str) -> None:
+    def _show_progress(self, number: int, run: Run, line: str) -> None:
         if step := _STEP.match(line):
-            epoch, epochs, at, steps = map(int, step.groups())
-            share = (epoch - 1 + at / steps) / epochs
+            epoch, at, steps = map(int, step.groups())
+            epochs_done = epoch - 1 + at / steps
         elif done := _DONE.match(line):
-            epoch, epochs = map(int, done.groups())
-            share = epoch / epochs
+            epochs_done = int(done.group(1))
         else:
             return
-        completed = number + share
+        completed = number + min(1.0, epochs_done / run.epochs)
         left_s = (time.monotonic() - self._started) / completed * (len(self._runs) - completed)
         left = f"about {left_s / 60:.0f} min left" if left_s > 90 else f"about {left_s:.0f} s left"
         self._bar.update(self._task, completed=completed, left=left)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from ..errors import UserError
-from .comparison import Comparison
+from .circumstances import warning_lines
+from .comparison import Comparison, plural
 from .files import atomic_write_json, atomic_write_text
 from .methods import FAILED_PATTERN, RESULT_PATTERN, failed_filename, method_of, result_filename, result_stem
 from .plots import write_plots
@@ -32,6 +33,8 @@ __all__ = [
     "result_filename",
     "result_stem",
 ]
+
+_WARNINGS_PRINTED = 12
 
 
 @final
@@ -58,12 +61,17 @@ def make_report(folder: Path, console: Console | None = None) -> ReportPaths:
     try:
         comparison = _load(folder)
         _print_tables(comparison, console)
+        _print_warnings(comparison, console)
         text = write_text(comparison)
-        paths = ReportPaths(text, write_plots(comparison))
+        _say(console, "Written:", style="bold")
+        _say(console, f"  {text}")
+        plots = write_plots(comparison)
     except OSError as error:
         raise UserError(f"The report on {folder} cannot be made: {error.strerror} ({error.filename})") from error
-    _print_summary(folder, paths, console)
-    return paths
+    for path in plots:
+        _say(console, f"  {path}")
+    _print_next_step(folder, console)
+    return ReportPaths(text, plots)
 
 
 def _load(folder: Path) -> Comparison:
@@ -83,14 +91,19 @@ def _print_tables(comparison: Comparison, console: Console) -> None:
     for table in (throughput_table(comparison), communication_table(comparison)):
         console.print(table.as_rich())
         console.print()
-    for problem in comparison.problems:
-        _say(console, f"Warning: {problem}", style="yellow")
 
 
-def _print_summary(folder: Path, paths: ReportPaths, console: Console) -> None:
-    _say(console, "Written:", style="bold")
-    for path in (paths.text, *paths.plots):
-        _say(console, f"  {path}")
+def _print_warnings(comparison: Comparison, console: Console) -> None:
+    warnings = warning_lines(comparison)
+    for warning in warnings[:_WARNINGS_PRINTED]:
+        _say(console, f"Warning: {warning}", style="yellow")
+    if len(warnings) > _WARNINGS_PRINTED:
+        _say(console, f"{plural(len(warnings) - _WARNINGS_PRINTED, 'more warning')} in the text report.")
+    if warnings:
+        console.print()
+
+
+def _print_next_step(folder: Path, console: Console) -> None:
     logs = folder / "tensorboard"
     if logs.is_dir():
         _say(console, "Next, to look closer:", style="bold")

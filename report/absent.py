@@ -22,13 +22,13 @@ def describe_failure(path: Path, with_epochs: Iterable[str]) -> str:
     try:
         fields = Fields(read_json_object(path), [])
     except UnusableError as error:
-        return f"{stem} failed and {rest}; {path.name} does not tell why: {error}"
+        return f"{stem} failed; {rest}. {path.name} does not tell why: {error}"
     method = fields.text("method") or _name(split_stem(stem).base)
     code = fields.number("exit_code", nullable=True)
     exit_code = "" if math.isnan(code) else f" with exit code {code:g}"
     log = fields.text("log")
     where = f" (log: {path.parent / log})" if log else ""
-    return f"{method} ({stem}) failed{exit_code} and {rest}: {fields.text('error') or 'no error text'}{where}"
+    return f"{method} ({stem}) failed{exit_code}; {rest}. {fields.text('error') or 'No error text'}{where}"
 
 
 def describe_missing(folder: Path, stems: set[str], failed: set[str]) -> list[str]:

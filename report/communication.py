@@ -38,7 +38,7 @@ def _waiting(group: Group, name: str, exposed: float, step: float) -> str:
     share = group.comm("share_pct").median
     without = step - exposed
     gain = f"without it a step would take {shown(without)} ms, {step / without:.2f}x as fast" if without > 0 else ""
-    text = f"{name} waits {shown(exposed)} ms of a {shown(step)} ms step for communication ({share:.1f} %)"
+    text = f"{name} waits {shown(exposed)} ms for communication in a step of {shown(step)} ms ({share:.1f} %)"
     return f"{text}; {gain}." if gain else f"{text}."
 
 

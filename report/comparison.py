@@ -114,7 +114,7 @@ class Comparison:
     def label(self, group: Group) -> str:
         """The method, and the number of training processes where that is not the same for all."""
         several = len(self.process_counts) > 1
-        return f"{group.method}, {plural(group.training_processes, 'process', 'es')}" if several else group.method
+        return f"{group.method} on {plural(group.training_processes, 'process', 'es')}" if several else group.method
 
     def baseline_of(self, group: Group) -> Group | None:
         """Baseline DDP with as many training processes. Without a sweep, whatever number it ran with."""
@@ -139,7 +139,7 @@ class Comparison:
     def speed_up(self, group: Group) -> Spread:
         """Throughput in terms of the baseline's: ratio of medians, and the range of ratios over the repeats."""
         baseline = self.baseline_of(group)
-        if baseline is None:
+        if baseline is None or not baseline.throughput.median > 0:
             return Spread()
         if baseline is group:
             return Spread(1.0, 1.0, 1.0, 1)

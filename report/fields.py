@@ -150,7 +150,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def shortened(problems: Sequence[str]) -> list[str]:
-    """The first few of one file's problems, and how many more there are."""
-    if len(problems) <= _PROBLEMS_SHOWN_PER_FILE:
-        return list(problems)
-    return [*problems[:_PROBLEMS_SHOWN_PER_FILE], f"and {len(problems) - _PROBLEMS_SHOWN_PER_FILE} more wrong values"]
+    """One file's problems: those of several epochs as one, the first few, and how many more there are."""
+    epochs: dict[str, list[str]] = {}
+    for problem in problems:
+        epoch, _, text = problem.partition(": ") if problem.startswith("epoch ") else ("", "", problem)
+        epochs.setdefault(text, []).append(epoch.removeprefix("epoch "))
+    lines = [f"{text} in epoch {', '.join(where)}" if where[0] else text for text, where in epochs.items()]
+    if len(lines) <= _PROBLEMS_SHOWN_PER_FILE:
+        return lines
+    return [*lines[:_PROBLEMS_SHOWN_PER_FILE], f"and {len(lines) - _PROBLEMS_SHOWN_PER_FILE} more such problems"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 from .canvas import clean, folded, new_figure, say, title
 from .comparison import Comparison, Group, plural
 from .curves import finite_values, pointwise_median, running_mean, window_of
-from .figures import shown
+from .figures import shown_loss
 from .methods import style_of
 from .results import Result
 
@@ -108,7 +108,7 @@ def _per_epoch(group: Group, read: Callable[[Result], dict[int, float]]) -> tupl
 
 def _last(values: Sequence[float], word: str) -> str:
     there = finite_values(values)
-    return f"{word} {shown(there[-1])}" if there else ""
+    return f"{word} {shown_loss(there[-1])}" if there else ""
 
 
 def _panels(comparison: Comparison, read: Callable[[Group], _Curve]) -> tuple[Figure, _Panels]:

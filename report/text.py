@@ -51,8 +51,16 @@ def _headline(comparison: Comparison, num_warnings: int) -> str:
 
 
 def _section(title: str, lines: Sequence[str]) -> str:
-    bullets = (textwrap.fill(line, _WIDTH, initial_indent="- ", subsequent_indent="  ") for line in lines)
-    return "\n".join([title, "-" * len(title), *bullets])
+    return "\n".join([title, "-" * len(title), *(_bullet(line) for line in lines)])
+
+
+def _bullet(line: str) -> str:
+    """Wrapped, but neither between a number and its "%" nor within names and paths."""
+    glued = line.replace(" %", "\N{NO-BREAK SPACE}%")
+    wrapper = textwrap.TextWrapper(
+        _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
+    return wrapper.fill(glued).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _nothing_wrong(comparison: Comparison) -> str:

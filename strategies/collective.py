@@ -205,13 +205,23 @@ class CollectiveStrategy(ParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        # As Lightning's DDP, which under manual optimization broadcasts before the first forward only.
+        assert self.lightning_module is not None
+        self._share_buffers(due_next=not self._accumulating and self.lightning_module.automatic_optimization)
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fitting:  # so that all ranks evaluate the same model
+            self._share_buffers(due_next=False)
+        return super().validation_step(*args, **kwargs)
+
+    def _share_buffers(self, due_next: bool) -> None:
+        """Broadcast rank 0's buffers if a synchronizing training step came before, as DDP's forward does."""
         if self._broadcast_buffers and self._buffers_due:
             assert self.model is not None
             broadcast_tensors(self.model.buffers())
-        # As Lightning's DDP, which under manual optimization broadcasts before the first forward only.
-        assert self.lightning_module is not None
-        self._buffers_due = not self._accumulating and self.lightning_module.automatic_optimization
-        return super().training_step(*args, **kwargs)
+        self._buffers_due = due_next
 
     # -- control plane ---------------------------------------------------------------------------------------
 

@@ -61,7 +61,6 @@ class ParameterServerStrategy(CollectiveStrategy):
             raise UserError(f"--trainer.strategy.part_mib must be > 0 MiB, got {part_mib}")
         self.options = {"transport": transport, "part_mib": part_mib}
         self._log_every = server_log_every_n_steps
-        self._run = 0
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._endpoint = ""
         self._client: WorkerClient | None = None
@@ -117,9 +116,8 @@ class ParameterServerStrategy(CollectiveStrategy):
         """The server binds its socket and hosts the store; the workers form the default group among themselves."""
         environment = self.cluster_environment
         assert environment is not None
-        store = connect_store(environment.main_address, environment.main_port, self.is_server, self.timeout)
-        self._run += 1
-        self._store = dist.PrefixStore(str(self._run), store)
+        address, port = environment.main_address, environment.main_port
+        shared, self._store = connect_store(address, port, self.is_server, self.timeout)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER if self.is_server else zmq.DEALER)
         self._socket.set_hwm(0)  # what is under way is bounded by one step; dropping would lose gradients
@@ -130,7 +128,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         else:
             if not dist.is_initialized():
                 device = self.root_device if self.root_device.type != "cpu" else None
-                workers = dist.PrefixStore("workers", store)
+                workers = dist.PrefixStore("workers", shared)
                 rank, size, backend = self.global_rank, self.world_size, self.process_group_backend
                 dist.init_process_group(
                     backend, store=workers, rank=rank, world_size=size, timeout=self.timeout, device_id=device
@@ -254,6 +252,7 @@ class ParameterServerStrategy(CollectiveStrategy):
     def _serve(self, trainer: pl.Trainer) -> None:
         """Build model and optimizers as a worker does, then serve until all workers have left."""
         self.prepare_model(trainer)
+        self.optimizers = []  # those of an earlier fit are not served in an evaluation
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             self.setup_precision_plugin()
@@ -297,8 +296,11 @@ class ParameterServerStrategy(CollectiveStrategy):
     def leave(self, trainer: pl.Trainer, result: Any) -> None:
         """Worker: say bye; rank 0 hands over what the server's process should end with."""
         assert self._client is not None
-        info, tree = (self._last_words(trainer, result), self._unserved_state()) if self.is_global_zero else (None, {})
-        self._client.bye(info, tree)
+        info, state = None, {}
+        if self.is_global_zero:
+            info = self._last_words(trainer, result)
+            state = self._unserved_state() if trainer.state.fn == TrainerFn.FITTING else {}
+        self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
 
     def _last_words(self, trainer: pl.Trainer, result: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
@@ -17,13 +18,18 @@ from ..errors import UserError
 _stores: dict[tuple[str, int], dist.TCPStore] = {}
 """One per address for the life of the process: several fits in a row meet at the same port."""
 
+_num_runs = itertools.count(1)
+"""Every process of a script takes part in the same runs, so the counts agree."""
+
 _LOOPBACK = {"localhost", "127.0.0.1"}
 _MAX_IPC_PATH = 80
 """Unix socket paths hold 107 characters; the folder's and the socket's names come on top."""
 
 
-def connect_store(address: str, port: int, is_server: bool, timeout: timedelta) -> dist.Store:
-    """The store at ``address:port``; the server hosts it, unless torchrun's agent already does.
+def connect_store(address: str, port: int, is_server: bool, timeout: timedelta) -> tuple[dist.Store, dist.Store]:
+    """The stores of all runs, and of this run, at ``address:port``.
+
+    The server hosts them, unless torchrun's agent already does. Called once per run by every process.
 
     Raises:
         UserError: the port is taken, or nobody answers in time.
@@ -47,7 +53,8 @@ def connect_store(address: str, port: int, is_server: bool, timeout: timedelta) 
             ) from error
     # each torchrun attempt starts afresh: keys of the one before would lead to sockets that are gone
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"gradsync/{attempt}", _stores[key])
+    shared = dist.PrefixStore(f"gradsync/{attempt}", _stores[key])
+    return shared, dist.PrefixStore(f"run {next(_num_runs)}", shared)
 
 
 def _listen(port: int) -> int:

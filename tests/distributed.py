@@ -82,7 +82,7 @@ def _wait(pids: dict[int, int], deadline: float) -> dict[int, int | None]:
     return codes
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60) -> list[Any]:
     """Call ``fn(rank, *args)`` on ``world_size`` processes of one gloo world; return the results in rank order.
 
     Raises:

@@ -60,6 +60,20 @@ def test_the_trained_weights_are_not_the_initial_ones() -> None:
     assert not torch.equal(_ddp("plain", 2)[0]["net.0.weight"], untouched["net.0.weight"])
 
 
+@pytest.mark.parametrize("strategy", OURS)
+def test_validation_sees_the_same_model_as_under_ddp(strategy: str) -> None:
+    """BatchNorm statistics are rank 0's in validation, and the next training step goes on from them."""
+    model, trainer = {"batch_norm": True}, {"max_steps": 9, "val_check_interval": 4, "limit_val_batches": 5}
+
+    def run(name: str, processes: int) -> list[dict[str, torch.Tensor]]:
+        return run_distributed(train, processes, name, processes, model, trainer, None, None, 8, True)
+
+    ours, reference = run(strategy, num_processes(strategy, 2)), run("ddp", 2)
+    assert "metric val/loss" in reference[0]
+    for state in ours:  # the server's process ends with worker 0's metrics and weights
+        _assert_bitwise(state, reference[1 if state is ours[-1] else 0])
+
+
 @pytest.mark.parametrize(
     "options", [{"algorithm": "naive"}, {"overlap": False}, {"bucket_mib": 0.001}], ids=["naive", "no_overlap", "tiny"]
 )

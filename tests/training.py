@@ -113,14 +113,17 @@ def train(
     strategy_options: dict[str, Any] | None = None,
     ckpt_path: str | None = None,
     batch_size: int = 8,
+    validate: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Fit and return the state dict this process ends with."""
+    """Fit and return the state dict this process ends with, and its validation metrics."""
     quiet()
     pl.seed_everything(1, verbose=False)
     module = TwoOptimizers() if model == "two_optimizers" else Mlp(**(model or {}))
     runner = make_trainer(make_strategy(strategy, strategy_options), devices, **(trainer or {}))
-    runner.fit(module, DataLoader(make_data(), batch_size=batch_size), ckpt_path=ckpt_path)
-    return {name: value.clone() for name, value in module.state_dict().items()}
+    loader = DataLoader(make_data(), batch_size=batch_size)
+    runner.fit(module, loader, loader if validate else None, ckpt_path=ckpt_path)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    return {**state, **{f"metric {name}": value for name, value in runner.callback_metrics.items() if name != "loss"}}
 
 
 def num_processes(strategy: str, num_trainers: int) -> int:

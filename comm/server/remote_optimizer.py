@@ -62,7 +62,11 @@ class RemoteOptimizer(Optimizer):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The state dict of the optimizer on the server. Blocks; only one worker needs to ask."""
-        return self._client.get_state(self._number)
+        state = self._client.get_state(self._number)
+        # The server knows the settings of the last push; a scheduler may have changed them since.
+        for saved, group in zip(state["param_groups"], self.param_groups, strict=True):
+            saved.update({key: value for key, value in group.items() if key != "params"})
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

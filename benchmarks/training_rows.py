@@ -1,0 +1,253 @@
+"""The training loops that `step.py` compares: same network, data, optimizer and number of steps in all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torchvision
+from harness import Process, cpu_s
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from gradsync.callbacks import CommunicationMonitor
+from gradsync.strategies import ManualAllReduceStrategy, ParameterServerStrategy
+
+NUM_CLASSES = 1000
+_NUM_BATCHES = 2
+_BARRIER_TIMEOUT_S = 300.0
+
+
+@final
+@dataclass(frozen=True)
+class Workload:
+    """What every training process does, whatever the row."""
+
+    arch: str
+    image_size: int
+    batch_size: int
+    warmup: int
+    steps: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.warmup + self.steps
+
+    def network(self) -> nn.Module:
+        """The same weights in every process."""
+        torch.manual_seed(0)
+        return torchvision.models.get_model(self.arch, num_classes=NUM_CLASSES)
+
+    def batches(self, rank: int) -> list[tuple[Tensor, Tensor]]:
+        """A batch per step, in memory already; other data on every rank, or equal replicas would prove nothing."""
+        generator = torch.Generator().manual_seed(rank + 1)
+        shape = (self.batch_size, 3, self.image_size, self.image_size)
+        made = [
+            (
+                torch.randn(shape, generator=generator),
+                torch.randint(NUM_CLASSES, shape[:1], generator=generator),
+            )
+            for _ in range(_NUM_BATCHES)
+        ]
+        return [made[step % _NUM_BATCHES] for step in range(self.total_steps)]
+
+
+def optimizer_of(network: nn.Module) -> SGD:
+    return SGD(network.parameters(), lr=1e-4, momentum=0.9, fused=True)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Equal for parameters that are equal to the bit."""
+    digest = hashlib.sha256()
+    for parameter in network.parameters():
+        digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@final
+class StepClock:
+    """Times the steps after the warm-up. All ranks begin them together, by a barrier that is no part of the row.
+
+    Args:
+        server_pid: A process that trains nothing, whose processor time counts too.
+    """
+
+    def __init__(self, workload: Workload, barrier: Barrier, server_pid: int | None) -> None:
+        self._workload = workload
+        self._barrier = barrier
+        self._server_pid = server_pid
+        self._num_steps = 0
+
+    def step_done(self) -> None:
+        self._num_steps += 1
+        if self._num_steps == self._workload.warmup:
+            self._barrier.wait(_BARRIER_TIMEOUT_S)
+            self._start = self._now_ms()
+        elif self._num_steps == self._workload.total_steps:
+            self._end = self._now_ms()
+
+    def _now_ms(self) -> tuple[float, ...]:
+        times = os.times()
+        server_ms = () if self._server_pid is None else (1000 * cpu_s(self._server_pid),)
+        return (1000 * time.perf_counter(), 1000 * (times.user + times.system), *server_ms)
+
+    def metrics(self) -> dict[str, float]:
+        """Per step."""
+        names = ("step_ms", "cpu_ms", "server_cpu_ms")
+        spent = [(end - start) / self._workload.steps for start, end in zip(self._start, self._end, strict=True)]
+        return dict(zip(names, spent, strict=False))
+
+
+@final
+class ClockCallback(Callback):
+    def __init__(self, clock: StepClock) -> None:
+        self._clock = clock
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._clock.step_done()
+
+
+@final
+class Classifier(pl.LightningModule):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return cross_entropy(self.network(images), labels)
+
+    @override
+    def configure_optimizers(self) -> SGD:
+        return optimizer_of(self)
+
+
+class Row(ABC):
+    """One way to train."""
+
+    num_servers = 0
+    synchronizes = True
+    """Whether replicas are to be equal on all ranks."""
+
+    def run(self, process: Process, workload: Workload, barrier: Barrier) -> dict[str, Any] | None:
+        """Train in a process of the group; metrics per step and a fingerprint of the weights, None from a server."""
+        warnings.filterwarnings("ignore")  # hints of Lightning about loaders and ranks
+        torch.set_num_threads(1)
+        is_server = process.index < self.num_servers
+        clock = StepClock(workload, barrier, process.earlier_pids[0] if self.num_servers and not is_server else None)
+        network = workload.network()
+        self.train(process, workload, network, workload.batches(process.index - self.num_servers), clock)
+        return None if is_server else {"metrics": clock.metrics(), "fingerprint": fingerprint(network)}
+
+    @abstractmethod
+    def train(
+        self, process: Process, workload: Workload, network: nn.Module, batches: list[Any], clock: StepClock
+    ) -> None:
+        """All steps, telling `clock` of each; leaves the weights in `network`."""
+
+
+@final
+class RawDDP(Row):
+    """A loop without any framework."""
+
+    @override
+    def train(
+        self, process: Process, workload: Workload, network: nn.Module, batches: list[Any], clock: StepClock
+    ) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        optimizer = optimizer_of(model)
+        for images, labels in batches:
+            optimizer.zero_grad()
+            cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            clock.step_done()
+
+
+@final
+class Accelerate(Row):
+    """The same loop as Accelerate's users write it."""
+
+    @override
+    def train(
+        self, process: Process, workload: Workload, network: nn.Module, batches: list[Any], clock: StepClock
+    ) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        options = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        accelerator = Accelerator(cpu=True, kwargs_handlers=[options])
+        model, optimizer = accelerator.prepare(network, optimizer_of(network))
+        assert isinstance(model, DistributedDataParallel)
+        for images, labels in batches:
+            optimizer.zero_grad()
+            accelerator.backward(cross_entropy(model(images), labels))
+            optimizer.step()
+            clock.step_done()
+
+
+@final
+class LightningLoop(Row):
+    """Lightning's loop, always with the same callbacks.
+
+    Args:
+        strategy: Makes the strategy; :class:`SingleDeviceStrategy` is no communication at all.
+        num_servers: Processes beside the training ones.
+    """
+
+    def __init__(self, strategy: Callable[[], Strategy], num_servers: int = 0, synchronizes: bool = True) -> None:
+        self._strategy = strategy
+        self.num_servers = num_servers
+        self.synchronizes = synchronizes
+
+    @override
+    def train(
+        self, process: Process, workload: Workload, network: nn.Module, batches: list[Any], clock: StepClock
+    ) -> None:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=process.size if self.synchronizes else 1,
+            strategy=self._strategy(),
+            max_epochs=1,
+            callbacks=[CommunicationMonitor(workload.warmup), ClockCallback(clock)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # every rank has its own batches
+        )
+        trainer.fit(Classifier(network), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
+
+
+def _parameter_server(transport: str) -> LightningLoop:
+    return LightningLoop(lambda: ParameterServerStrategy(transport, server_log_every_n_steps=0), num_servers=1)
+
+
+ROWS: dict[str, Row] = {
+    "raw_ddp": RawDDP(),
+    "accelerate": Accelerate(),
+    "ddp": LightningLoop(lambda: DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)),
+    "manual_allreduce": LightningLoop(ManualAllReduceStrategy),
+    "parameter_server": _parameter_server("ipc"),
+    "naive": _parameter_server("naive"),
+    "no_communication": LightningLoop(lambda: SingleDeviceStrategy("cpu"), synchronizes=False),
+}

@@ -1,0 +1,142 @@
+"""The benchmarks run, say what they promise to say, and leave nothing behind. Never a word about seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+ROWS = {"raw_ddp", "accelerate", "ddp", "manual_allreduce", "parameter_server", "naive", "no_communication"}
+TINY = "--arch shufflenet_v2_x0_5 --image-size 32 --batch-size 2 --rounds 1 --steps 2 --warmup 1"
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As the scripts see it: they run with their own folder on the path."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import harness
+
+    return harness
+
+
+def run_step(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "step.py"), *arguments], capture_output=True, text=True, timeout=200
+    )
+
+
+def wait_until_gone(pid: int) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_step_measures_every_row(tmp_path: Path) -> None:
+    done = run_step(*TINY.split(), "--json", str(tmp_path / "step.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert result.keys() == {"benchmark", "settings", "environment", "rows"}
+    assert result["benchmark"] == "step"
+    assert result["settings"]["ranks"] == 2
+    assert result["settings"]["failed"] == {}
+    assert result["rows"].keys() == ROWS
+    for name, metrics in result["rows"].items():
+        served = {"server_cpu_ms"} if name in ("parameter_server", "naive") else set()
+        ratios = {"ratio_to_ddp", "ratio_to_no_communication"}
+        assert metrics.keys() == {"images_per_s", "step_ms", "cpu_ms"} | ratios | served
+        for spread in metrics.values():
+            assert spread.keys() == {"median", "min", "max"}
+            assert 0 <= spread["min"] <= spread["median"] <= spread["max"]
+        assert name in done.stdout
+    assert result["rows"]["ddp"]["ratio_to_ddp"]["median"] == 1
+    equal = next(line for line in done.stdout.splitlines() if line.startswith("Weights"))
+    assert all(name in equal for name in ROWS - {"ddp", "no_communication"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("--rows ddp,foo", "argument --rows: must be some of raw_ddp,accelerate,ddp"),
+        ("--ranks 1", "argument --ranks: must be >= 2"),
+        ("--steps 0", "argument --steps: must be a whole number >= 1, got '0'"),
+    ],
+)
+def test_mistakes_are_named(arguments: str, text: str) -> None:
+    done = run_step(*arguments.split())
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_processes_return_their_results_in_order(harness: Any) -> None:
+    results = harness.run_processes(lambda process: [process.index, len(process.earlier_pids)], 3, 30)
+    assert results == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_a_failing_process_ends_all_and_is_quoted(harness: Any, tmp_path: Path) -> None:
+    def work(process: Any) -> None:
+        (tmp_path / str(process.index)).write_text(str(os.getpid()))
+        if process.index == 1:
+            raise ArithmeticError("the true reason")
+        time.sleep(60)
+
+    with pytest.raises(harness.RowFailed, match=r"process 1 of 2 ended with exit code 1(.|\n)*the true reason"):
+        harness.run_processes(work, 2, 30)
+    assert all(not psutil.pid_exists(int(path.read_text())) for path in tmp_path.iterdir())
+
+
+def test_a_process_that_does_not_end_is_named(harness: Any) -> None:
+    with pytest.raises(harness.RowFailed, match=r"process\(es\) 1 did not end within 0.5 s"):
+        harness.run_processes(lambda process: time.sleep(60 * process.index), 2, 0.5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nobody_outlives_the_script(tmp_path: Path, number: signal.Signals) -> None:
+    code = f"""
+        import os, pathlib, time, harness
+        def work(process):
+            part = pathlib.Path({str(tmp_path)!r}, f"{{process.index}}.part")
+            part.write_text(str(os.getpid()))
+            part.rename(part.with_suffix(".pid"))
+            time.sleep(60)
+        harness.run_processes(work, 2, 60)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=BENCHMARKS, stderr=subprocess.DEVNULL
+    ) as script:
+        while len(list(tmp_path.glob("*.pid"))) < 2:
+            assert script.poll() is None
+            time.sleep(0.02)
+        script.send_signal(number)
+    assert all(wait_until_gone(int(path.read_text())) for path in tmp_path.glob("*.pid"))
+
+
+def test_a_failed_row_does_not_lose_the_others(harness: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"ddp": iter([10.0, 20.0, 40.0]), "ours": iter([11.0, 24.0, 40.0])}
+
+    def broken() -> dict[str, float]:
+        raise harness.RowFailed("it is broken\nand this is why")
+
+    rows = {name: lambda speed=speed: {"images_per_s": next(speed)} for name, speed in speeds.items()}
+    rounds = harness.Rounds({**rows, "broken": broken}, "images_per_s")
+    rounds.run(3)
+    assert rounds.failed == {"broken": "it is broken\nand this is why"}
+    summary = rounds.summary(("ddp", "broken"), "images_per_s")
+    assert summary.keys() == {"ddp", "ours"}
+    assert summary["ours"]["images_per_s"] == {"median": 24.0, "min": 11.0, "max": 40.0}
+    assert summary["ours"]["ratio_to_ddp"] == pytest.approx({"median": 1.1, "min": 1.0, "max": 1.2})
+    assert "ratio_to_broken" not in summary["ours"]
+    assert capsys.readouterr().out.count("FAILED: it is broken") == 1
