@@ -84,6 +84,7 @@ class ComparisonRuns:
         results = self._output / result_filename(run.stem)
         paths = ["--run_dir", str(self._output / "tensorboard" / run.name), "--results", str(results)]
         command = [sys.executable, "-m", "gradsync", *run.arguments, *paths]
+        (self._output / failed_filename(run.stem)).unlink(missing_ok=True)
         self._say(run, f"starting, log in {log_path}")
         with log_path.open("w", buffering=1) as log:
             log.write(f"$ {' '.join(command)}\n")

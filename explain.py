@@ -13,7 +13,7 @@ from .errors import UserError
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator", re.IGNORECASE)
 
 TIMEOUT_REMEDY = (
-    "--trainer.strategy.timeout_s SECONDS raises the limit (under ddp: --trainer.strategy.timeout HH:MM:SS)"
+    "--trainer.strategy.step_timeout_s SECONDS raises the limit (under ddp: --trainer.strategy.timeout HH:MM:SS)"
 )
 
 

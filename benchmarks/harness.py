@@ -109,6 +109,7 @@ def _be_process(function: Callable[[Process], Any], process: Process, port: int,
         output = os.open(folder / f"output_{process.index}", os.O_CREAT | os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout = sys.stderr = open(output, "w", buffering=1)  # noqa: SIM115 (until the process ends)
         rank, size = str(process.index), str(process.size)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": "0", "WORLD_SIZE": size}

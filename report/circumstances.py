@@ -17,6 +17,9 @@ _NOISY_FROM = 0.10
 _VARIED_SETTINGS = (
     "config",
     "ckpt_path",
+    "results",
+    "run_dir",
+    "progress_every_n_steps",
     "trainer.strategy",
     "trainer.devices",
     "trainer.num_nodes",

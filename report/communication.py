@@ -57,7 +57,12 @@ def _hidden(group: Group) -> list[str]:
 def _server_parts(group: Group) -> list[str]:
     parts = [(name, group.comm(f"{name}_ms").median) for name in ("push", "pull", "wait")]
     known = [f"{name} {shown(figure)} ms" for name, figure in parts if not math.isnan(figure)]
-    return [f"Of this {', '.join(known)}."] if group.has_server_traffic else []
+    if not group.has_server_traffic:
+        return []
+    # Longer than the total together: they overlap, or the server's optimizer, which is no communication, ran meanwhile.
+    longer = sum(figure for _, figure in parts if not math.isnan(figure)) > 1.01 * group.comm("total_ms").median
+    why = " (these overlap or have the server's optimizer time in them: they do not add up)" if longer else ""
+    return [f"Its parts: {', '.join(known)}{why}."]
 
 
 def _volume(group: Group, total: float) -> list[str]:

@@ -164,6 +164,8 @@ def _draw_curve(axes: Axes, curve: _Curve, above: int, *, order: int, of: int) -
         # Shifted against each other, so that markers of equal curves do not lie on top of each other.
         markevery=(min(len(curve.x) - 1, every * order // of), every),
         zorder=3 + order,
+        # Within the limits anyway, and markers on the axes stay whole.
+        clip_on=False,
     )
 
 

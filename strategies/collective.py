@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device, _init_dist_connection
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import ParallelStrategy
@@ -25,6 +27,7 @@ from ..comm.broadcast import broadcast_tensors
 from ..comm.timeline import Timeline
 from ..errors import UserError
 from .control_plane import ControlPlane, GroupControlPlane, LocalControlPlane
+from .rendezvous import connect_store, roll_call
 
 
 class CollectiveStrategy(ParallelStrategy):
@@ -35,7 +38,8 @@ class CollectiveStrategy(ParallelStrategy):
 
     Args:
         process_group_backend: ``gloo`` or ``nccl``; by default what suits the device.
-        timeout_s: Seconds that a rank waits for the others in one operation before it gives up.
+        start_timeout_s: Seconds that a process waits at the start for the others to arrive.
+        step_timeout_s: Seconds that a rank waits for the others in one operation of a run before it gives up.
         broadcast_buffers: Give every rank rank 0's buffers (BatchNorm statistics) before a forward pass that
             follows a synchronizing step, as DDP does.
     """
@@ -47,20 +51,23 @@ class CollectiveStrategy(ParallelStrategy):
     def __init__(
         self,
         process_group_backend: str | None = None,
-        timeout_s: float = 300.0,
+        start_timeout_s: float = 120.0,
+        step_timeout_s: float = 300.0,
         broadcast_buffers: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if timeout_s <= 0:
-            raise UserError(f"--trainer.strategy.timeout_s must be > 0 seconds, got {timeout_s}")
+        for name, value in (("start_timeout_s", start_timeout_s), ("step_timeout_s", step_timeout_s)):
+            if value <= 0:
+                raise UserError(f"--trainer.strategy.{name} must be > 0 seconds, got {value}")
         if process_group_backend not in (None, "gloo", "nccl"):
             raise UserError(
                 f"--trainer.strategy.process_group_backend must be gloo or nccl, got {process_group_backend!r}"
             )
         self.timeline = Timeline()
         self.control: ControlPlane = LocalControlPlane()
-        self.timeout = timedelta(seconds=timeout_s)
+        self.start_timeout = timedelta(seconds=start_timeout_s)
+        self.step_timeout = timedelta(seconds=step_timeout_s)
         self._process_group_backend = process_group_backend
         self._broadcast_buffers = broadcast_buffers
         self._buffers_due = True
@@ -136,12 +143,29 @@ class CollectiveStrategy(ParallelStrategy):
         self.connect_processes()
 
     def connect_processes(self) -> None:
-        """Start the default process group and the control plane on it. Blocks until all ranks are here."""
-        assert self.cluster_environment is not None
-        device = self.root_device if self.root_device.type != "cpu" else None
-        _init_dist_connection(
-            self.cluster_environment, self.process_group_backend, timeout=self.timeout, device_id=device
-        )
+        """Meet the other processes; start the default process group and the control plane on it. Blocks."""
+        self.join_store()
+        self.join_group()
+
+    def join_store(self) -> None:
+        """Connect to the store that process 0 hosts."""
+        environment = self.cluster_environment
+        assert environment is not None
+        address, port = environment.main_address, environment.main_port
+        self._shared, self._store = connect_store(address, port, environment.global_rank(), self.start_timeout)
+
+    def join_group(self) -> None:
+        """Wait for the other training processes and form the default group with them."""
+        rank, size, backend = self.global_rank, self.world_size, self.process_group_backend
+        roll_call(self._store, rank, size, self.start_timeout)
+        if not dist.is_initialized():
+            device = self.root_device if self.root_device.type != "cpu" else None
+            store = dist.PrefixStore("default group", self._shared)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=self.step_timeout, device_id=device
+            )
+            if backend == "nccl":
+                atexit.register(dist.destroy_process_group)  # or torch warns at exit
         self.control = GroupControlPlane(self.root_device)
 
     @override

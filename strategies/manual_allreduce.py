@@ -45,8 +45,8 @@ class ManualAllReduceStrategy(CollectiveStrategy):
     def start_fitting(self) -> None:
         assert self.model is not None
         # Private groups: on the default one Lightning's and torchmetrics' collectives may interleave with ours.
-        gradient_group = dist.new_group(timeout=self.timeout)
-        control_group = dist.new_group(timeout=self.timeout)
+        gradient_group = dist.new_group(timeout=self.step_timeout)
+        control_group = dist.new_group(timeout=self.step_timeout)
         assert isinstance(gradient_group, dist.ProcessGroup)
         assert isinstance(control_group, dist.ProcessGroup)
         self._groups = [gradient_group, control_group]

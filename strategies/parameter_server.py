@@ -23,8 +23,7 @@ from ..comm.server import ParameterServer, RemoteOptimizer, ServerStatistics, Wo
 from ..comm.server.naive import NaivePeers
 from ..errors import UserError
 from .collective import CollectiveStrategy
-from .control_plane import GroupControlPlane
-from .rendezvous import connect_store, make_socket_folder, remove_socket_folder
+from .rendezvous import make_socket_folder, remove_socket_folder
 from .server_launcher import ServerLauncher, ServingDone
 
 _TRANSPORTS = ("ipc", "tcp", "naive")
@@ -114,10 +113,7 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def connect_processes(self) -> None:
         """The server binds its socket and hosts the store; the workers form the default group among themselves."""
-        environment = self.cluster_environment
-        assert environment is not None
-        address, port = environment.main_address, environment.main_port
-        shared, self._store = connect_store(address, port, self.is_server, self.timeout)
+        self.join_store()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER if self.is_server else zmq.DEALER)
         self._socket.set_hwm(0)  # what is under way is bounded by one step; dropping would lose gradients
@@ -126,20 +122,13 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._endpoint = self._bind()
             self._store.set("endpoint", self._endpoint)
         else:
-            if not dist.is_initialized():
-                device = self.root_device if self.root_device.type != "cpu" else None
-                workers = dist.PrefixStore("workers", shared)
-                rank, size, backend = self.global_rank, self.world_size, self.process_group_backend
-                dist.init_process_group(
-                    backend, store=workers, rank=rank, world_size=size, timeout=self.timeout, device_id=device
-                )
-            self.control = GroupControlPlane(self.root_device)
+            self.join_group()
             self._endpoint = self._store.get("endpoint").decode()
             self._socket.routing_id = str(self.global_rank).encode()
             self._socket.connect(self._endpoint)
         if self.options["transport"] == "naive":
             peers = dist.PrefixStore("naive", self._store)
-            self._naive = NaivePeers(peers, self.process_rank, self.world_size + 1, self.timeout)
+            self._naive = NaivePeers(peers, self.process_rank, self.world_size + 1, self.start_timeout)
 
     def _bind(self) -> str:
         if self.options["transport"] == "tcp":
@@ -158,14 +147,9 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._wait_for_key("prepared")
 
     def _wait_for_key(self, key: str) -> None:
-        deadline = time.monotonic() + self.timeout.total_seconds()
+        """Without a limit, as Lightning's own barrier around ``prepare_data``; ends if a worker does."""
         while not self._store.check([key]):
             self._watch()
-            if time.monotonic() > deadline:
-                raise WorkerFailed(
-                    f"worker 0 did not prepare its data within {self.timeout.total_seconds():g} s; "
-                    "--trainer.strategy.timeout_s raises the limit"
-                )
             time.sleep(0.05)
 
     # -- life cycle ------------------------------------------------------------------------------------------
@@ -201,7 +185,7 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._socket,
             named_parameters,
             self.global_rank,
-            self.timeout.total_seconds(),
+            self.step_timeout.total_seconds(),
             self.options["part_mib"],
             self.timeline,
             self._naive,
@@ -262,7 +246,7 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.optimizers,
             self._named_parameters(),
             self.world_size,
-            self.timeout.total_seconds(),
+            self.step_timeout.total_seconds(),
             self.options["part_mib"],
             self._watch,
             self._report,

@@ -1,4 +1,4 @@
-"""Where the processes of a parameter-server run find each other: one store, hosted by the server."""
+"""Where the processes of a run find each other: one store, hosted by process 0."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _MAX_IPC_PATH = 80
 """Unix socket paths hold 107 characters; the folder's and the socket's names come on top."""
 
 
-def connect_store(address: str, port: int, is_server: bool, timeout: timedelta) -> tuple[dist.Store, dist.Store]:
+def connect_store(address: str, port: int, process_rank: int, timeout: timedelta) -> tuple[dist.Store, dist.Store]:
     """The stores of all runs, and of this run, at ``address:port``.
 
-    The server hosts them, unless torchrun's agent already does. Called once per run by every process.
+    Process 0 hosts them, unless torchrun's agent already does. Called once per run by every process.
 
     Raises:
         UserError: the port is taken, or nobody answers in time.
     """
     key = (address, port)
     if key not in _stores:
-        hosts = is_server and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        hosts = process_rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             _stores[key] = dist.TCPStore(
                 address,
@@ -47,7 +47,7 @@ def connect_store(address: str, port: int, is_server: bool, timeout: timedelta) 
                 master_listen_fd=_listen(port) if hosts and address in _LOOPBACK else None,
             )
         except (OSError, dist.DistError, RuntimeError) as error:
-            what = f"port {port} is taken" if hosts else "the parameter server does not answer"
+            what = f"port {port} is taken" if hosts else f"process 0 did not answer within {timeout}"
             raise UserError(
                 f"processes cannot meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): {what} ({error})"
             ) from error
@@ -55,6 +55,24 @@ def connect_store(address: str, port: int, is_server: bool, timeout: timedelta) 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     shared = dist.PrefixStore(f"gradsync/{attempt}", _stores[key])
     return shared, dist.PrefixStore(f"run {next(_num_runs)}", shared)
+
+
+def roll_call(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Block until all ranks have called.
+
+    Raises:
+        UserError: naming the ranks that did not come in time.
+    """
+    store.set(f"here {rank}", "")
+    try:
+        store.wait([f"here {other}" for other in range(world_size)], timeout)
+    except (dist.DistError, RuntimeError) as error:
+        missing = [other for other in range(world_size) if not store.check([f"here {other}"])]
+        late = ", ".join(map(str, missing))
+        raise UserError(
+            f"rank(s) {late} did not arrive within {timeout.total_seconds():g} s of rank {rank}; "
+            "--trainer.strategy.start_timeout_s raises the limit"
+        ) from error
 
 
 def _listen(port: int) -> int:

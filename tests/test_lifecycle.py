@@ -27,7 +27,9 @@ def _assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def _train_with_checkpoints(rank: int, strategy: str, devices: int, folder: str, epochs: int, resume: str | None) -> Any:
+def _train_with_checkpoints(
+    rank: int, strategy: str, devices: int, folder: str, epochs: int, resume: str | None
+) -> Any:
     callback = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1)
     options = {"max_steps": -1, "max_epochs": epochs, "enable_checkpointing": True, "callbacks": [callback]}
     state = train(rank, strategy, devices, MODEL, {**options, "gradient_clip_val": 0.5}, None, resume)

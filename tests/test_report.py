@@ -118,18 +118,19 @@ def test_without_matplotlib_tables_and_text_are_there(tmp_path: Path, monkeypatc
 
 
 def test_nothing_heavy_is_imported_at_the_top() -> None:
-    """Neither torch nor Lightning anywhere; matplotlib and rich only inside functions."""
+    """Neither torch nor Lightning nor pyplot's global state anywhere; matplotlib and rich only inside functions."""
     for path in Path(gradsync.report.__file__).parent.glob("*.py"):
         tree = ast.parse(path.read_text())
-        imported = {name: node for node in ast.walk(tree) for name in _modules(node)}
-        assert not imported.keys() & {"torch", "lightning"}, path
-        at_top = {name for node in tree.body for name in _modules(node)}
+        imported = {name for node in ast.walk(tree) for name in _modules(node)}
+        assert not {name.split(".")[0] for name in imported} & {"torch", "lightning"}, path
+        assert "matplotlib.pyplot" not in imported, path
+        at_top = {name.split(".")[0] for node in tree.body for name in _modules(node)}
         assert not at_top & {"matplotlib", "rich", "numpy"}, path
 
 
 def _modules(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
-        return [alias.name.split(".")[0] for alias in node.names]
+        return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom) and node.level == 0:
-        return [(node.module or "").split(".")[0]]
+        return [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
     return []

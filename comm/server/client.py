@@ -127,7 +127,7 @@ class WorkerClient:
         if not self._socket.poll(int(self._timeout_s * 1000)):
             raise ServerFailed(
                 f"the parameter server did not answer worker {self._rank} within {self._timeout_s:g} s; "
-                "--trainer.strategy.timeout_s raises the limit"
+                "--trainer.strategy.step_timeout_s raises the limit"
             )
         message = Message.parse([frame.buffer for frame in self._socket.recv_multipart(copy=False)])
         if message.kind == Kind.FAIL:

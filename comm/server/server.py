@@ -154,7 +154,7 @@ class ParameterServer:
             what = "did not push the step that the others wait for"
         raise WorkerFailed(
             f"worker(s) {', '.join(map(str, sorted(missing)))} {what} within {self._timeout_s:g} s; "
-            "--trainer.strategy.timeout_s raises the limit"
+            "--trainer.strategy.step_timeout_s raises the limit"
         )
 
     # -- phase: hello and init -------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""Run the installed command as a user would, and see what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+_MARK = "GRADSYNC_TEST_RUN"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended (or was killed at the limit: code None)."""
+
+    code: int | None
+    output: str
+    orphans: list[str]
+    seconds: float
+
+
+def _marked(mark: str) -> dict[int, str]:
+    """Command lines of the processes that carry ``mark`` in their environment."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except (OSError, ProcessLookupError):
+            continue  # ended meanwhile, or not ours
+    return found
+
+
+def run_command(command: list[str], cwd: Path, timeout_s: float = 120, orphan_grace_s: float = 3.0) -> Ended:
+    """Run to the end, stdout and stderr together; orphans are what still lives ``orphan_grace_s`` later."""
+    mark = uuid.uuid4().hex
+    inherited = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    env = {**inherited, _MARK: mark, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    code: int | None = None
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        for pid in _marked(mark):
+            os.kill(pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    seconds = time.monotonic() - start
+    deadline = time.monotonic() + orphan_grace_s
+    while (orphans := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in orphans:
+        os.kill(pid, signal.SIGKILL)
+    return Ended(code, output, list(orphans.values()), seconds)
+
+
+def gradsync(*arguments: str, cwd: Path, timeout_s: float = 120) -> Ended:
+    """``gradsync ARGUMENTS`` in ``cwd``."""
+    return run_command([sys.executable, "-m", "gradsync", *arguments], cwd, timeout_s)
+
+
+def tiny_fit(strategy: str, devices: int, **faults: object) -> list[str]:
+    """Arguments of a short fit of an MLP, with a fault if asked for."""
+    model = [part for name, value in faults.items() for part in (f"--model.{name}", str(value))]
+    return [
+        "fit", "--trainer.strategy", strategy, "--trainer.accelerator", "cpu", "--trainer.devices", str(devices),
+        "--trainer.max_epochs", "1", "--model", "faulty.FaultyMlp", *model, "--data", "faulty.TinyData",
+    ]  # fmt: skip

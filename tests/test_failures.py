@@ -1,0 +1,49 @@
+"""A run that fails in any process ends in all of them, shows the true error, and leaves no orphan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from commands import gradsync, tiny_fit
+
+RUNS = {"ddp": 2, "manual_allreduce": 2, "parameter_server": 3}
+
+
+@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("strategy", RUNS)
+def test_an_exception_in_one_process_ends_all(strategy: str, process: int, tmp_path: Path) -> None:
+    if strategy == "parameter_server":
+        process += 1  # process 0 runs no training step
+    ended = gradsync(*tiny_fit(strategy, RUNS[strategy], fault="raise", process=process), cwd=tmp_path)
+    assert ended.code not in (0, None), ended.output
+    assert "ArithmeticError: boom in training" in ended.output
+    assert not ended.orphans
+
+
+@pytest.mark.parametrize(
+    ("strategy", "process"), [("ddp", 1), ("manual_allreduce", 0), ("manual_allreduce", 1), ("parameter_server", 2)]
+)
+def test_a_killed_process_ends_all(strategy: str, process: int, tmp_path: Path) -> None:
+    ended = gradsync(*tiny_fit(strategy, RUNS[strategy], fault="kill", process=process), cwd=tmp_path)
+    assert ended.code not in (0, None), ended.output
+    assert not ended.orphans
+    if strategy == "parameter_server":
+        assert "worker 1 was killed by SIGKILL" in ended.output
+
+
+def test_out_of_memory_names_the_batch_size_flag(tmp_path: Path) -> None:
+    ended = gradsync(*tiny_fit("manual_allreduce", 1, fault="memory", process=0), cwd=tmp_path)
+    assert ended.code == 1
+    assert "out of memory: lower --data.batch_size" in ended.output
+    assert "Traceback" not in ended.output
+
+
+@pytest.mark.parametrize("strategy", ["manual_allreduce", "parameter_server"])
+def test_a_silent_process_is_named_with_the_flag_that_raises_the_limit(strategy: str, tmp_path: Path) -> None:
+    arguments = [*tiny_fit(strategy, RUNS[strategy], fault="stop", process=RUNS[strategy] - 1)]
+    ended = gradsync(*arguments, "--trainer.strategy.step_timeout_s", "6", cwd=tmp_path)
+    assert ended.code not in (0, None), ended.output
+    assert "--trainer.strategy.step_timeout_s" in ended.output
+    assert "worker(s) 1" in ended.output or "rank(s) 1 did not take part" in ended.output
+    assert not ended.orphans
