@@ -14,6 +14,7 @@ from pathlib import Path
 _DIE_WITH_PARENT = "GRADSYNC_DIE_WITH_PARENT"
 _FAILURES = "GRADSYNC_FAILURES"
 _PR_SET_PDEATHSIG = 1
+_PREFIX = "gradsync-"
 
 
 def die_with_parent() -> None:
@@ -30,13 +31,33 @@ def child_environment() -> dict[str, str]:
     return {**environment, _DIE_WITH_PARENT: "1", "PYTHONUNBUFFERED": "1"}
 
 
+def make_private_folder(purpose: str, max_path: int | None = None) -> Path:
+    """A new temporary folder that only this user may enter; first, what killed processes left is removed.
+
+    ``max_path``: longest path of the temporary folder that will do (Unix sockets have a limit); /tmp otherwise.
+    """
+    base = tempfile.gettempdir()
+    if max_path is not None and len(base) > max_path:
+        base = "/tmp"
+    remove_stale_folders(Path(base))
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-{purpose}-", dir=base))
+
+
+def remove_stale_folders(base: Path) -> None:
+    """Remove our private folders in ``base`` whose process has ended: one that is killed cannot tidy up."""
+    for folder in base.glob(f"{_PREFIX}*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class FailureRecords:
     """A folder in which the processes of one host note why they end; made by the first, inherited by the others."""
 
     def __init__(self) -> None:
         self._owner = _FAILURES not in os.environ
         if self._owner:
-            os.environ[_FAILURES] = tempfile.mkdtemp(prefix="gradsync-failures-")
+            os.environ[_FAILURES] = str(make_private_folder("failures"))
         self._folder = Path(os.environ[_FAILURES])
 
     def note(self, text: str) -> None:

@@ -7,13 +7,13 @@ import itertools
 import os
 import shutil
 import socket
-import tempfile
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..processes import make_private_folder
 
 _stores: dict[tuple[str, int], dist.TCPStore] = {}
 """One per address for the life of the process: several fits in a row meet at the same port."""
@@ -22,7 +22,7 @@ _num_runs = itertools.count(1)
 """Every process of a script takes part in the same runs, so the counts agree."""
 
 _LOOPBACK = {"localhost", "127.0.0.1"}
-_MAX_IPC_PATH = 80
+_MAX_IPC_PATH = 60
 """Unix socket paths hold 107 characters; the folder's and the socket's names come on top."""
 
 
@@ -90,8 +90,7 @@ def _listen(port: int) -> int:
 
 def make_socket_folder() -> Path:
     """A folder only this user may enter, for a Unix socket."""
-    base = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="gradsync-", dir=base if len(base) < _MAX_IPC_PATH else "/tmp"))
+    return make_private_folder("server", max_path=_MAX_IPC_PATH)
 
 
 def remove_socket_folder(endpoint: str) -> None:
