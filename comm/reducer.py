@@ -34,8 +34,8 @@ class GradientReducer:
     Args:
         named_parameters: Those that may get gradients; frozen ones are skipped as long as they are frozen.
         algorithm: How a bucket is summed over ranks.
-        control_group: Process group for the few bytes per step that say which parameters were used. Not the
-            algorithm's group: its collectives may still be under way.
+        control_group: Gloo group for the few bytes per step that say which parameters were used: on the host, so
+            that a GPU is not waited for. Not the algorithm's group: its collectives may still be under way.
         bucket_mib: Largest bucket in MiB.
         first_bucket_mib: Size of the first bucket: a small one starts communication early.
         overlap: Reduce during the backward pass (True) or after it (False).
@@ -62,6 +62,7 @@ class GradientReducer:
         self._scale = 1.0 / algorithm.world_size
         self._sync = True
         self._in_pass = False
+        self._pending: list[tuple[Bucket, Future[Tensor]]] = []
         self._dirty: set[Tensor] = set()
         """Parameters with local gradients that no synchronization has averaged yet."""
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -109,6 +110,11 @@ class GradientReducer:
         finally:
             self._in_pass = False
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way: after a failed pass a collective may still wait for a peer."""
+        return not self._pending
+
     def close(self) -> None:
         """Remove the hooks and release the algorithm. Gradients stay as they are."""
         for handle in self._handles:
@@ -125,7 +131,7 @@ class GradientReducer:
         self._missing = {b.index(): len(params) for b, params in zip(self.buckets, active, strict=True)}
         self._collected: set[Tensor] = set()
         self._next = 0
-        self._pending: list[tuple[Bucket, Future[Tensor]]] = []
+        self._pending.clear()
         self._in_pass = True
 
     def _on_gradient(self, parameter: Tensor) -> None:
@@ -188,6 +194,7 @@ class GradientReducer:
         self._launch_ready()
         for bucket, future in self._pending:
             bucket.set_buffer(future.wait())
+        self._pending.clear()
         control.wait()
         self._publish(used)
         self.timeline.synchronized()
@@ -195,8 +202,6 @@ class GradientReducer:
     def _share_used_mask(self) -> tuple[Tensor, dist.Work]:
         """Start the control all-reduce: 1 for every parameter that some rank used, in ``_place``'s order."""
         mask = torch.tensor([p in self._dirty for p in self._place], dtype=torch.uint8)
-        if dist.get_backend(self._control_group) == "nccl":
-            mask = mask.cuda()
         work = dist.all_reduce(mask, dist.ReduceOp.MAX, group=self._control_group, async_op=True)
         assert work is not None
         return mask, work

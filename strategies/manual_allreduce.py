@@ -46,7 +46,7 @@ class ManualAllReduceStrategy(CollectiveStrategy):
         assert self.model is not None
         # Private groups: on the default one Lightning's and torchmetrics' collectives may interleave with ours.
         gradient_group = dist.new_group(timeout=self.step_timeout)
-        control_group = dist.new_group(timeout=self.step_timeout)
+        control_group = dist.new_group(timeout=self.step_timeout, backend="gloo")
         assert isinstance(gradient_group, dist.ProcessGroup)
         assert isinstance(control_group, dist.ProcessGroup)
         self._groups = [gradient_group, control_group]
@@ -63,6 +63,8 @@ class ManualAllReduceStrategy(CollectiveStrategy):
     def stop_fitting(self) -> None:
         assert self._reducer is not None
         self._reducer.close()
+        for group in self._groups if self._reducer.idle else ():  # destroying a busy one waits for the peer
+            dist.destroy_process_group(group)
         self._reducer = None
 
     @override
