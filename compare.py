@@ -25,8 +25,8 @@ from .strategy_flag import check_name
 
 _DEFAULT_STRATEGIES = "ddp,manual_allreduce,parameter_server"
 _DEMO_RECIPE = Path(__file__).parent / "configs" / "recipe" / "demo.yaml"
-_DEMO_BATCH_SIZE = 16
-_DEMO_EPOCHS = 4
+_DEFAULT_EPOCHS = 3
+_DEFAULT_BATCH_SIZE = 64
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,7 +92,6 @@ class Plan:
         """Arguments of ``gradsync fit`` for one run, without its output paths."""
         o = self.options
         servers = ParameterServerStrategy.num_servers if strategy == ParameterServerStrategy.strategy_name else 0
-        batch_size = o.batch_size or (_DEMO_BATCH_SIZE if o.demo else 64)
         flags: dict[str, object] = {
             "--seed_everything": o.seed,
             "--trainer.strategy": strategy,
@@ -102,7 +101,7 @@ class Plan:
             "--trainer.max_epochs": self.epochs,
             "--trainer.enable_checkpointing": "false",
             "--trainer.enable_model_summary": "false",
-            "--data.batch_size": batch_size,
+            "--data.batch_size": o.batch_size or (None if o.demo else _DEFAULT_BATCH_SIZE),  # the recipe has its own
             "--data.num_workers": o.workers,
             "--data.root": o.data_dir,
             "--model.weights": o.weights,
@@ -113,7 +112,7 @@ class Plan:
 
     @property
     def epochs(self) -> int:
-        return self.options.epochs or (_DEMO_EPOCHS if self.options.demo else 3)
+        return self.options.epochs or _DEFAULT_EPOCHS
 
     def runs(self) -> list[Run]:
         """Repeats outermost, so that a change of the machine's mood hits all strategies alike."""

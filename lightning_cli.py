@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
-from .callbacks import CommunicationMonitor, ResultsWriter, StartBanner, default_progress_callbacks
+from .callbacks import CommunicationMonitor, Dashboard, ResultsWriter, StartBanner, default_progress_callbacks
 from .datamodules import ImageNetDataModule
 from .errors import UserError
 from .modules import ImageClassifier
@@ -96,7 +96,7 @@ class GradsyncCLI(LightningCLI):
         writer = ResultsWriter(path.parent if path else run_dir, path.name if path else None)
         self._dump_config()
         writer.config = self.config_dump
-        callbacks += [writer, StartBanner()]
+        callbacks += [writer, Dashboard(), StartBanner()]
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(c, ModelCheckpoint) for c in config.get("callbacks") or []
         ):

@@ -1,6 +1,7 @@
 """What is observed while training: one callback per file."""
 
 from .communication_monitor import CommunicationMonitor
+from .dashboard import Dashboard
 from .ddp_timeline import DDPTimeline
 from .line_progress import LineProgress, default_progress_callbacks
 from .results_writer import ResultsWriter
@@ -12,6 +13,7 @@ from .throughput_progress_bar import ThroughputProgressBar
 __all__ = [
     "CommunicationMonitor",
     "DDPTimeline",
+    "Dashboard",
     "LineProgress",
     "ResultsWriter",
     "StartBanner",

@@ -21,8 +21,6 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="gradsync-tests-")
 atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
-from gradsync.processes import remove_stale_folders
-
 _PATIENCE_S = 5.0
 
 
@@ -41,6 +39,8 @@ def _children() -> set[int]:
 
 def _temporary_files() -> set[str]:
     """Ours, but those of runs that were killed and could not tidy up: the next start does that."""
+    from gradsync.processes import remove_stale_folders  # torch reads the environment above when imported
+
     folder = Path(tempfile.gettempdir())
     remove_stale_folders(folder)
     return {path.name for path in folder.glob("gradsync-*")}

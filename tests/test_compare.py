@@ -29,9 +29,7 @@ def test_devices_count_training_processes_and_everything_else_is_the_same() -> N
     fits = {run.strategy: run.arguments for run in plan.runs()}
     counts = {name: fit[fit.index("--trainer.devices") + 1] for name, fit in fits.items()}
     assert counts == {"ddp": "3", "manual_allreduce": "3", "parameter_server": "4"}
-    others = {
-        tuple(part for part in fit if part not in fits and part not in counts.values()) for fit in fits.values()
-    }
+    others = {tuple(part for part in fit if part not in fits and part not in counts.values()) for fit in fits.values()}
     assert len(others) == 1
 
 
