@@ -73,6 +73,10 @@ def _guarded(run: Callable[[], Any], leave_hard: bool = False) -> None:
         return
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):  # which Lightning turns into code 1
+            raise
+        code = 130
     except Exception as error:
         _tell(error, records)
     finally:
@@ -105,6 +109,8 @@ def _run_lightning(arguments: list[str]) -> None:
     sys.argv = [sys.argv[0], *expand(arguments)]
     # Only noise: https://github.com/Lightning-AI/pytorch-lightning (isinstance(treespec, LeafSpec)).
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*", module="lightning")
+    # A checkpoint of fit names the callbacks that wrote it; an evaluation does without them.
+    warnings.filterwarnings("ignore", message=r"Be aware that when using `ckpt_path`")
     cli = GradsyncCLI.from_command_line()
     cli.wait_for_children()
 

@@ -18,10 +18,10 @@ from rich.console import Console
 from .comparison_runs import ComparisonRuns, Run
 from .datamodules.imagenet import check_tree
 from .errors import UserError
-from .report import make_report
-from .report.methods import RESULT_PATTERN
+from .report import atomic_write_json, make_report
+from .report.methods import COMPARISON_FILENAME, RESULT_PATTERN
 from .strategies import STRATEGIES, ParameterServerStrategy
-from .strategy_flag import check_name
+from .strategy_flag import check_name, strategy_name
 
 _DEFAULT_STRATEGIES = "ddp,manual_allreduce,parameter_server"
 _DEMO_RECIPE = Path(__file__).parent / "configs" / "recipe" / "demo.yaml"
@@ -118,7 +118,13 @@ class Plan:
         """Repeats outermost, so that a change of the machine's mood hits all strategies alike."""
         counts = self.options.devices
         return [
-            Run(strategy, count if len(counts) > 1 else None, repeat, self.epochs, self.fit_arguments(strategy, count))
+            Run(
+                strategy_name(strategy),
+                count if len(counts) > 1 else None,
+                repeat,
+                self.epochs,
+                self.fit_arguments(strategy, count),
+            )
             for repeat in range(1, self.options.repeats + 1)
             for count in counts
             for strategy in self.options.strategies
@@ -131,6 +137,7 @@ def _check(options: argparse.Namespace, extra: list[str], output: Path) -> Plan:
         raise UserError("--strategies is empty: name at least one, e.g. ddp,manual_allreduce")
     for name in options.strategies:
         check_name(name)
+        strategy_name(name)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("matplotlib is missing, and the report needs it for its plots: pip install matplotlib")
     if options.backend == "nccl" and not torch.cuda.is_available():
@@ -162,6 +169,9 @@ def main(arguments: list[str]) -> None:
     console = Console(highlight=False)
     runs = ComparisonRuns(plan.runs(), output, console)
     _introduce(plan, console)
+    command = shlex.join(["gradsync", "compare", *arguments])
+    names = [strategy_name(strategy) for strategy in options.strategies]
+    atomic_write_json(output / COMPARISON_FILENAME, {"strategies": names, "command": command})
     failed = runs.execute()
     make_report(output, console)
     console.print(f"The same report again: gradsync report {shlex.quote(str(output))}", soft_wrap=True, markup=False)

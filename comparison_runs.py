@@ -30,6 +30,7 @@ class Run:
     """One ``gradsync fit`` of a comparison."""
 
     strategy: str
+    """Its name in results."""
     num_trainers: int | None
     """Only where several counts are swept."""
     repeat: int

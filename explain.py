@@ -28,13 +28,20 @@ def is_consequence(error: BaseException) -> bool:
     return is_lost_peer(error) or isinstance(error, (WorkerFailed, ServerFailed))
 
 
+def _plain(error: BaseException | None) -> BaseException | None:
+    """The error worded for people that ``error`` is or was raised from: the argument parser wraps some."""
+    while error is not None and not isinstance(error, (UserError, WorkerFailed, ServerFailed)):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def one_line(error: BaseException) -> str | None:
     """The error and its remedy in one line, None for one that needs its traceback.
 
     After a timeout it holds a roll call among the ranks, which takes two seconds.
     """
-    if isinstance(error, (UserError, WorkerFailed, ServerFailed)):
-        return str(error)
+    if (plain := _plain(error)) is not None:
+        return str(plain)
     if is_out_of_memory(error):
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"out of memory: lower --data.batch_size, the batch of each process ({detail})"

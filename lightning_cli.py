@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
 from .callbacks import CommunicationMonitor, Dashboard, ResultsWriter, StartBanner, default_progress_callbacks
+from .callbacks.run_environment import strategy_flag
 from .datamodules import ImageNetDataModule
 from .errors import UserError
 from .modules import ImageClassifier
@@ -67,40 +69,52 @@ class GradsyncCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")
-        fitting = self.subcommand == "fit"
+        config["devices"] = _devices(config["devices"])
+        if self.subcommand != "fit":  # an evaluation prints its figures and leaves no files
+            self.save_config_callback = None
+            config.setdefault("logger", None)
+            config["logger"], config["enable_checkpointing"] = config["logger"] or False, False
+            config["callbacks"] = [*(config.get("callbacks") or []), *self._observers(config)]
+            return super().instantiate_trainer(**kwargs)
         run_dir = Path(self._get(self.config, "run_dir") or self._default_run_dir(config))
         if config.get("logger") in (None, True):
-            config["logger"] = TensorBoardLogger(run_dir.parent, name=None, version=run_dir.name) if fitting else False
+            config["logger"] = TensorBoardLogger(
+                run_dir.parent, name=None, version=run_dir.name, default_hp_metric=False
+            )
         if config.get("default_root_dir") is None:
             config["default_root_dir"] = str(run_dir)
-        config["callbacks"] = [*(config.get("callbacks") or []), *self._own_callbacks(config, run_dir, fitting)]
+        # Ours come last: what they report then includes what the user's own callbacks cost.
+        own = [*self._observers(config), *self._writers(config, run_dir)]
+        config["callbacks"] = [*(config.get("callbacks") or []), *own]
         return super().instantiate_trainer(**kwargs)
 
     @staticmethod
     def _default_run_dir(config: Any) -> str:
         strategy = config["strategy"]
-        name = strategy if isinstance(strategy, str) else getattr(strategy, "strategy_name", type(strategy).__name__)
+        name = strategy if isinstance(strategy, str) else strategy_flag(strategy)
         return f"runs/{name}-{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
-    def _own_callbacks(self, config: Any, run_dir: Path, fitting: bool) -> list[pl.Callback]:
-        """Ours come last: what they report then includes what the user's own callbacks cost."""
+    def _observers(self, config: Any) -> list[pl.Callback]:
         if config.get("barebones") or config.get("fast_dev_run"):
             return []
-        callbacks: list[pl.Callback] = [CommunicationMonitor()]
-        if config.get("enable_progress_bar") is not False:
-            callbacks += default_progress_callbacks(self._get(self.config, "progress_every_n_steps"))
-        if not fitting:
-            return callbacks
+        progress = config.get("enable_progress_bar") is not False
+        every = self._get(self.config, "progress_every_n_steps")
+        return [CommunicationMonitor(), *(default_progress_callbacks(every) if progress else [])]
+
+    def _writers(self, config: Any, run_dir: Path) -> list[pl.Callback]:
+        if config.get("barebones") or config.get("fast_dev_run"):
+            return []
         results = self._get(self.config, "results")
         path = Path(results) if results else None
         writer = ResultsWriter(path.parent if path else run_dir, path.name if path else None)
         self._dump_config()
         writer.config = self.config_dump
-        callbacks += [writer, Dashboard(), StartBanner()]
-        if config.get("enable_checkpointing") is not False and not any(
-            isinstance(c, ModelCheckpoint) for c in config.get("callbacks") or []
-        ):
-            callbacks.append(ModelCheckpoint(dirpath=run_dir / "checkpoints", save_last=True))
+        callbacks: list[pl.Callback] = [writer, Dashboard(), StartBanner()]
+        given = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])
+        if config.get("enable_checkpointing") is not False and not given:
+            # At the end of the training epoch: Lightning does not save the epoch's training metrics later.
+            folder = run_dir / "checkpoints"
+            callbacks.append(ModelCheckpoint(dirpath=folder, save_last=True, save_on_train_epoch_end=True))
         return callbacks
 
     def wait_for_children(self) -> None:
@@ -119,3 +133,22 @@ class GradsyncCLI(LightningCLI):
                 ) from None
             if code:
                 raise UserError(f"process {process.pid} of this run ended with code {code} after training")
+
+
+def _devices(devices: Any) -> Any:
+    """``--trainer.devices``, or under torchrun what it has started if that is not given.
+
+    Raises:
+        UserError: torchrun has started another number of processes than the flag says.
+    """
+    started = os.environ.get("LOCAL_WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if started is None or devices == started:
+        return devices
+    if devices == "auto":
+        return int(started)
+    if str(devices) != started:
+        raise UserError(
+            f"torchrun started {started} processes here, but --trainer.devices says {devices}: leave the flag out, "
+            "or make both count all processes of the host, the parameter server's included"
+        )
+    return devices

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 
 from .errors import UserError
@@ -28,6 +30,22 @@ def check_name(name: str) -> None:
         f"unknown {_FLAG} {name!r}: gradsync has {', '.join(STRATEGIES)}; "
         f"Lightning has {', '.join(sorted(lightning_names))}"
     )
+
+
+def strategy_name(given: str) -> str:
+    """What a strategy given by name or class path is called in results: its ``strategy_name``, if it has one.
+
+    Raises:
+        UserError: the class path leads nowhere.
+    """
+    if "." not in given:
+        return given
+    module, _, name = given.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{_FLAG} {given!r} cannot be imported: {error}") from error
+    return "ddp" if cls is DDPStrategy else getattr(cls, "strategy_name", name)
 
 
 def expand(arguments: list[str]) -> list[str]:

@@ -111,7 +111,7 @@ class LineProgress(ProgressBar):
             self.print(self._epoch_line(trainer, metrics))
 
     def _epoch_line(self, trainer: pl.Trainer, metrics: Mapping[str, Tensor]) -> str:
-        epoch, last = trainer.current_epoch + 1, trainer.max_epochs or -1
+        epoch, last = trainer.current_epoch + 1, _last_epoch(trainer)
         monitor = monitor_of(trainer)
         mean = monitor.epoch_summary() if monitor else None
         names = {"loss": "train/loss_epoch", "top-1": "train/top1"}
@@ -134,6 +134,15 @@ class LineProgress(ProgressBar):
     @override
     def print(self, *args: Any, **kwargs: Any) -> None:
         print(*args, **{"flush": True, **kwargs})
+
+
+def _last_epoch(trainer: pl.Trainer) -> int:
+    """The epoch that training ends with, from 1; -1 where no limit is set."""
+    limits = [trainer.max_epochs] if trainer.max_epochs is not None and trainer.max_epochs > 0 else []
+    steps_per_epoch = trainer.global_step / (trainer.current_epoch + 1)
+    if trainer.max_steps > 0 and steps_per_epoch > 0:
+        limits.append(math.ceil(trainer.max_steps / steps_per_epoch))
+    return min(limits, default=-1)
 
 
 def format_step(step: StepBreakdown) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .fields import Fields, UnusableError, read_json_object
-from .methods import STANDARD_METHODS, StemParts, join_stem, method_of, result_filename, split_stem
+from .methods import COMPARISON_FILENAME, STANDARD_METHODS, StemParts, join_stem, method_of, result_filename, split_stem
 
 _STANDARD_NAMES = {method.stem: method.name for method in STANDARD_METHODS}
 
@@ -34,20 +34,32 @@ def describe_failure(path: Path, with_epochs: Iterable[str]) -> str:
 def describe_missing(folder: Path, stems: set[str], failed: set[str]) -> list[str]:
     """One line for each run that one would expect beside those in `stems`.
 
-    Expected is every method of the original experiment, and every method in each repeat and process count
-    that any other method has. Runs in `failed` are known to have no result.
+    Expected is every method that the comparison was asked for (or of the original experiment, where that is not
+    known), and every method in each repeat and process count that any other method has. Runs in `failed` are known
+    to have no result.
     """
     parts = [split_stem(stem) for stem in sorted(stems)]
     suffixes = {(part.training_processes, part.repeat) for part in parts}
     known = {split_stem(stem).base for stem in stems | failed}
     lines = []
-    for base in dict.fromkeys([*_STANDARD_NAMES, *(part.base for part in parts)]):
+    for base in dict.fromkeys([*_asked_for(folder), *(part.base for part in parts)]):
         if base not in known:
             lines.append(f"{result_filename(base)} is not there: no {_name(base)} in this report")
             continue
         wanted = {join_stem(StemParts(base, processes, repeat)) for processes, repeat in suffixes}
         lines.extend(_absent(folder, stem) for stem in sorted(wanted - stems - failed))
     return lines
+
+
+def _asked_for(folder: Path) -> list[str]:
+    """Bases of the methods that ``gradsync compare`` was asked for."""
+    try:
+        strategies = read_json_object(folder / COMPARISON_FILENAME).get("strategies")
+    except UnusableError:
+        strategies = None
+    if not isinstance(strategies, list):
+        return list(_STANDARD_NAMES)
+    return [method_of(str(strategy)).stem for strategy in strategies]
 
 
 def _absent(folder: Path, stem: str) -> str:

@@ -13,6 +13,9 @@ BASELINE = "ddp"
 RESULT_PATTERN = "results_*.json"
 FAILED_PATTERN = "failed_*.json"
 
+COMPARISON_FILENAME = "comparison.json"
+"""What a comparison was asked for: ``{"strategies": [names], "command": text}``."""
+
 
 @final
 @dataclass(frozen=True)

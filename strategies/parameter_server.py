@@ -168,6 +168,13 @@ class ParameterServerStrategy(CollectiveStrategy):
         if self._client is None:
             self._client = self._connect([])
 
+    def _refuse_unservable(self) -> None:
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
+            raise UserError(
+                "LBFGS evaluates the model again within a step, which the parameter server cannot: "
+                "use --trainer.strategy manual_allreduce or another optimizer"
+            )
+
     def _named_parameters(self) -> list[list[tuple[str, Tensor]]]:
         """Per optimizer, its parameters in order with their names in the module."""
         assert self.model is not None
@@ -195,6 +202,7 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     @override
     def start_fitting(self) -> None:
+        self._refuse_unservable()
         client = self._client = self._connect(self._named_parameters())
         self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
         # Lightning would clip each worker's own gradient; the average is what has to be clipped.
@@ -241,6 +249,7 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.setup_optimizers(trainer)
             self.setup_precision_plugin()
             _optimizers_to_device(self.optimizers, self.root_device)
+        self._refuse_unservable()
         server = ParameterServer(
             self._socket,
             self.optimizers,

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -37,35 +38,60 @@ def _marked(mark: str) -> dict[int, str]:
     return found
 
 
-def run_command(command: list[str], cwd: Path, timeout_s: float = 120, orphan_grace_s: float = 3.0) -> Ended:
-    """Run to the end, stdout and stderr together; orphans are what still lives ``orphan_grace_s`` later."""
+def run_command(
+    command: list[str], cwd: Path, timeout_s: float = 120, orphan_grace_s: float = 3.0, interrupt_at: str | None = None
+) -> Ended:
+    """Run to the end, stdout and stderr together; orphans are what still lives ``orphan_grace_s`` later.
+
+    ``interrupt_at``: press Ctrl-C, as in a terminal, when this text appears.
+    """
     mark = uuid.uuid4().hex
     inherited = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     env = {**inherited, _MARK: mark, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    env["PYTHONUNBUFFERED"] = "1"
     start = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
-    code: int | None = None
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
         for pid in _marked(mark):
             os.kill(pid, signal.SIGKILL)
-        output, _ = process.communicate()
+
+    limit = threading.Timer(timeout_s, stop)
+    limit.start()
+    assert process.stdout is not None
+    lines = []
+    with process.stdout as output:
+        for line in output:
+            lines.append(line)
+            if interrupt_at is not None and interrupt_at in line:
+                os.killpg(process.pid, signal.SIGINT)
+                interrupt_at = None
+    code = process.wait()
+    limit.cancel()
     seconds = time.monotonic() - start
     deadline = time.monotonic() + orphan_grace_s
     while (orphans := _marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in orphans:
         os.kill(pid, signal.SIGKILL)
-    return Ended(code, output, list(orphans.values()), seconds)
+    return Ended(None if late.is_set() else code, "".join(lines), list(orphans.values()), seconds)
 
 
-def gradsync(*arguments: str, cwd: Path, timeout_s: float = 120) -> Ended:
+def gradsync(*arguments: str, cwd: Path, timeout_s: float = 120, interrupt_at: str | None = None) -> Ended:
     """``gradsync ARGUMENTS`` in ``cwd``."""
-    return run_command([sys.executable, "-m", "gradsync", *arguments], cwd, timeout_s)
+    command = [sys.executable, "-m", "gradsync", *arguments]
+    return run_command(command, cwd, timeout_s, interrupt_at=interrupt_at)
 
 
 def tiny_fit(strategy: str, devices: int, **faults: object) -> list[str]:

@@ -91,9 +91,16 @@ def test_options_and_yaml_reach_the_strategy(tmp_path: Path, monkeypatch: pytest
         (["fit", "--trainer.strategy", "bagua"], 1, "gradsync: error: unknown --trainer.strategy 'bagua'"),
         (["fit", "--trainer.strategy", "parameter_server", "--trainer.devices", "1"], 1, "at least 2 processes"),
         (["fit", "--trainer.devices", "1", "--data.root", "nowhere"], 1, "--data.root"),
+        (["fit", "--model.arch", "resnet19"], 1, "resnet18"),
+        (
+            ["fit", "--trainer.strategy=manual_allreduce", "--trainer.strategy.bucket_mib=0"],
+            1,
+            "bucket_mib must be > 0",
+        ),
         (["report", "nowhere"], 1, "There is no folder nowhere"),
         (["compare", "--data-dir", "nowhere"], 1, "nowhere"),
         (["compare", "--strategies", "ddp,horovod"], 1, "unknown --trainer.strategy 'horovod'"),
+        (["compare", "--strategies", "ddp,no.such.Strategy"], 1, "'no.such.Strategy' cannot be imported"),
         (["compare", "--weights", "missing.pth"], 1, "there is no file missing.pth"),
         (["compare", "--epochs", "0"], 2, "whole number >= 1, got '0'"),
         (["compare", "--epoch", "3"], 2, "--epoch"),
@@ -112,6 +119,8 @@ def test_bad_input_is_one_clear_error(arguments: list[str], code: int, text: str
 def test_under_torchrun(strategy: str, processes: int, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     fit = [*tiny_fit(strategy, processes), "--run_dir", "run"]
+    at = fit.index("--trainer.devices")
+    del fit[at : at + 2]  # torchrun's number counts
     ended = run_command([*torchrun, "-m", "gradsync", *fit], tmp_path)
     assert ended.code == 0, ended.output
     assert not ended.orphans
@@ -119,3 +128,18 @@ def test_under_torchrun(strategy: str, processes: int, tmp_path: Path) -> None:
     assert results["complete"]
     assert results["world_size"] == processes
     assert results.get("num_workers") == (2 if strategy == "parameter_server" else None)
+
+
+def test_torchruns_number_and_ours_must_agree(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    ended = run_command([*torchrun, "-m", "gradsync", *tiny_fit("manual_allreduce", 2)], tmp_path)
+    assert ended.code == 1
+    assert "torchrun started 1 processes here, but --trainer.devices says 2" in ended.output
+
+
+def test_ctrl_c_ends_all_processes_with_code_130(tmp_path: Path) -> None:
+    """Sent to every process of the terminal's group, as a terminal does."""
+    arguments = [*tiny_fit("parameter_server", 3), "--trainer.max_epochs", "1000000"]
+    ended = gradsync(*arguments, cwd=tmp_path, interrupt_at="epoch 1/")
+    assert ended.code == 130, ended.output
+    assert not ended.orphans

@@ -138,7 +138,7 @@ def test_the_average_is_the_float64_average() -> None:
     ("act", "message"),
     [
         (lambda a: a.add(0, 99, 0, b""), "pushed bucket 99 out of turn"),
-        (lambda a: a.add(0, 0, 0, b"123"), "pushed 3 bytes for bucket 0 part 0"),
+        (lambda a: a.add(0, 0, 0, b"123"), "3 bytes came for bucket 0 part 0"),
         (lambda a: a.add(0, 0, 77, b"123"), "part 77"),
         (lambda a: a.begin(0, {"used": [], "groups": [{}], "clip": NO_CLIP}), "other buckets"),
     ],

@@ -78,6 +78,19 @@ class Aggregator:
         """The current parameters of part ``[start, end)`` of ``bucket``; shares the server's memory."""
         return self._values.buckets[bucket.index()].buffer()[start:end]
 
+    def part(self, bucket_index: int, part: int, payload: Any) -> Tensor:
+        """The parameters that ``payload`` is for.
+
+        Raises:
+            ProtocolError: there is no such part, or it has another size.
+        """
+        if bucket_index < len(self.layout.buckets):
+            bucket = self.layout.buckets[bucket_index]
+            parts = self.layout.parts(bucket)
+            if part < len(parts) and len(payload) == (target := self.values(bucket, *parts[part])).nbytes:
+                return target
+        raise ProtocolError(f"{len(payload)} bytes came for bucket {bucket_index} part {part}: no such part or size")
+
     def begin(self, worker: int, info: Any) -> None:
         """Worker ``worker`` announces a step: ``used`` (per bucket, per parameter), ``groups``, ``clip``."""
         used = info["used"]
@@ -95,12 +108,10 @@ class Aggregator:
         """Keep one pushed part until every worker's is here."""
         if bucket_index not in self._open or worker not in self._used:
             raise ProtocolError(f"worker {worker} pushed bucket {bucket_index} out of turn")
-        bucket = self.layout.buckets[bucket_index]
-        parts = self.layout.parts(bucket)
+        self.part(bucket_index, part, payload)
         frames = self._frames.setdefault((bucket_index, part), {})
-        num_bytes = (parts[part][1] - parts[part][0]) * bucket.buffer().element_size() if part < len(parts) else -1
-        if len(payload) != num_bytes or worker in frames:
-            raise ProtocolError(f"worker {worker} pushed {len(payload)} bytes for bucket {bucket_index} part {part}")
+        if worker in frames:
+            raise ProtocolError(f"worker {worker} pushed bucket {bucket_index} part {part} twice")
         frames[worker] = payload
 
     def advance(self, bucket_index: int | None = None) -> Iterator[tuple[Bucket, bool]]:

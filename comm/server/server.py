@@ -173,10 +173,9 @@ class ParameterServer:
         self._welcome()
 
     def _init(self, worker: int, message: Message) -> None:
-        aggregator = self._aggregators[message.optimizer]
-        bucket = aggregator.layout.buckets[message.bucket]
-        start, end = aggregator.layout.parts(bucket)[message.part]
-        target = aggregator.values(bucket, start, end)
+        if worker != 0:
+            raise ProtocolError(f"worker {worker} sends initial values, which only worker 0 may")
+        target = self._aggregators[message.optimizer].part(message.bucket, message.part, message.payload)
         with torch.no_grad():
             target.copy_(tensor_from(message.payload, target.dtype))
 
