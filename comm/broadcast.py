@@ -36,11 +36,10 @@ def broadcast_tensors(tensors: Iterable[Tensor], group: dist.ProcessGroup | None
     """
     num_bytes = 0
     for message in _messages(tensors):
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in message])
+        flat = torch.cat([tensor.reshape(-1) for tensor in message])
         dist.broadcast(flat, group=group, group_src=src)
         num_bytes += flat.nbytes
         if dist.get_rank(group) != src:
             parts = flat.split([tensor.numel() for tensor in message])
-            for tensor, part in zip(message, parts, strict=True):
-                tensor.detach().copy_(part.view(tensor.shape))
+            torch._foreach_copy_(message, [part.view(t.shape) for t, part in zip(message, parts, strict=True)])
     return num_bytes

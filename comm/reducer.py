@@ -12,6 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -23,6 +25,18 @@ from torch.futures import Future
 from .allreduce import Algorithm
 from .buckets import Bucket, build_buckets
 from .timeline import Timeline
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One parameter's place in a bucket, and what the current pass knows of it."""
+
+    parameter: Tensor
+    bucket: Bucket
+    view: Tensor
+    dirty: bool = False
+    """It has local gradients that no synchronization has averaged yet."""
+    collected: bool = False
 
 
 @final
@@ -63,27 +77,32 @@ class GradientReducer:
         self._sync = True
         self._in_pass = False
         self._pending: list[tuple[Bucket, Future[Tensor]]] = []
-        self._dirty: set[Tensor] = set()
-        """Parameters with local gradients that no synchronization has averaged yet."""
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.buckets: list[Bucket] = []
-        self._place: dict[Tensor, tuple[Bucket, Tensor]] = {}
+        self._slots: dict[Tensor, _Slot] = {}
         self._build()
 
     def _build(self) -> None:
         """Lay out buckets for all parameters that require gradients now, and those that ever did."""
-        chosen = [p for p in self._names if p.requires_grad or p in self._place]
-        new = [p for p in chosen if p not in self._place]  # torch refuses hooks on frozen parameters
-        self._handles += [p.register_post_accumulate_grad_hook(self._on_gradient) for p in new]
+        chosen = [p for p in self._names if p.requires_grad or p in self._slots]
+        dirty = {p for p, slot in self._slots.items() if slot.dirty}
         # Gradients become ready roughly in reverse order of construction.
         self.buckets = build_buckets(
             reversed(chosen), self._bucket_mib, self._first_bucket_mib, self._algorithm.allocate
         )
-        self._place = {
-            p: (bucket, view)
+        self._slots = {
+            p: _Slot(p, bucket, view, dirty=p in dirty)
             for bucket in self.buckets
             for p, view in zip(bucket.parameters(), bucket.views, strict=True)
         }
+        self._remove_hooks()
+        self._handles = [  # not earlier: torch refuses hooks on frozen parameters
+            p.register_post_accumulate_grad_hook(partial(self._on_gradient, slot)) for p, slot in self._slots.items()
+        ]
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -117,24 +136,24 @@ class GradientReducer:
 
     def close(self) -> None:
         """Remove the hooks and release the algorithm. Gradients stay as they are."""
-        for handle in self._handles:
-            handle.remove()
+        self._remove_hooks()
         self._algorithm.close()
 
     # -- collect ---------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        if any(p.requires_grad and p not in self._place for p in self._names):
+        if any(p.requires_grad and p not in self._slots for p in self._names):
             self._build()  # unfrozen since; every rank runs the same schedule, so all rebuild together
-        active = [[p for p in bucket.parameters() if p.requires_grad] for bucket in self.buckets]
-        self._queue = [bucket for bucket, params in zip(self.buckets, active, strict=True) if params]
-        self._missing = {b.index(): len(params) for b, params in zip(self.buckets, active, strict=True)}
-        self._collected: set[Tensor] = set()
+        self._missing = [0] * len(self.buckets)
+        for slot in self._slots.values():
+            slot.collected = False
+            self._missing[slot.bucket.index()] += slot.parameter.requires_grad
+        self._queue = [bucket for bucket in self.buckets if self._missing[bucket.index()]]
         self._next = 0
         self._pending.clear()
         self._in_pass = True
 
-    def _on_gradient(self, parameter: Tensor) -> None:
+    def _on_gradient(self, slot: _Slot, parameter: Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
@@ -142,27 +161,28 @@ class GradientReducer:
                 f"parameter {self._names[parameter]!r} has a sparse gradient, which cannot be averaged here: "
                 "use a dense layer (for embeddings: sparse=False) or --trainer.strategy ddp"
             )
-        self._dirty.add(parameter)
+        slot.dirty = True
         if not (self._in_pass and self._overlap):
             return
-        if parameter in self._collected:
+        if slot.collected:
             raise RuntimeError(
                 f"the gradient of {self._names[parameter]!r} became ready twice in one backward pass (reentrant "
                 "activation checkpointing does that): set --trainer.strategy.overlap false"
             )
-        self._collect(parameter)
+        self._collect(slot)
         self._launch_ready()
 
     @torch.no_grad()
-    def _collect(self, parameter: Tensor) -> None:
-        """Copy (or scale in place, where it already lives there) a gradient into its bucket."""
-        bucket, view = self._place[parameter]
-        if parameter.grad is None:
-            view.zero_()
+    def _collect(self, slot: _Slot) -> None:
+        """Scale a gradient into its bucket; from then on it lives there only, so its own memory is free again."""
+        gradient = slot.parameter.grad
+        if gradient is None:
+            slot.view.zero_()
         else:
-            torch.mul(parameter.grad, self._scale, out=view)
-        self._collected.add(parameter)
-        self._missing[bucket.index()] -= 1
+            torch.mul(gradient, self._scale, out=slot.view)
+            slot.parameter.grad = slot.view
+        slot.collected = True
+        self._missing[slot.bucket.index()] -= 1
 
     # -- launch ----------------------------------------------------------------------------------------------
 
@@ -186,10 +206,9 @@ class GradientReducer:
 
     def _finish(self) -> None:
         self.timeline.gradients_ready()
-        for bucket in self._queue:
-            for parameter in bucket.parameters():
-                if parameter.requires_grad and parameter not in self._collected:
-                    self._collect(parameter)
+        for slot in self._slots.values():
+            if slot.parameter.requires_grad and not slot.collected:
+                self._collect(slot)
         used, control = self._share_used_mask()
         self._launch_ready()
         for bucket, future in self._pending:
@@ -200,15 +219,15 @@ class GradientReducer:
         self.timeline.synchronized()
 
     def _share_used_mask(self) -> tuple[Tensor, dist.Work]:
-        """Start the control all-reduce: 1 for every parameter that some rank used, in ``_place``'s order."""
-        mask = torch.tensor([p in self._dirty for p in self._place], dtype=torch.uint8)
+        """Start the control all-reduce: 1 for every parameter that some rank used, in the slots' order."""
+        mask = torch.tensor([slot.dirty for slot in self._slots.values()], dtype=torch.uint8)
         work = dist.all_reduce(mask, dist.ReduceOp.MAX, group=self._control_group, async_op=True)
         assert work is not None
         return mask, work
 
     def _publish(self, used: Tensor) -> None:
         """Let ``p.grad`` be the averaged view; a parameter that no rank used keeps ``grad=None``."""
-        for (parameter, (_, view)), was_used in zip(self._place.items(), used.tolist(), strict=True):
-            if parameter.requires_grad and (was_used or parameter.grad is not None):
-                parameter.grad = view
-        self._dirty.clear()
+        for slot, was_used in zip(self._slots.values(), used.tolist(), strict=True):
+            if was_used and slot.parameter.requires_grad:
+                slot.parameter.grad = slot.view
+            slot.dirty = False
