@@ -200,6 +200,17 @@ class _World:
         self.sockets.append(socket)
         return WorkerClient(socket, [named], rank, self.timeout_s, 0.001, Timeline())
 
+    def start_two(self) -> tuple[list[Any], list[WorkerClient]]:
+        """Two workers that have been welcomed, and their parameters."""
+        named = [_named(), _named()]
+        clients = [self.client(rank, named[rank]) for rank in range(2)]
+        starts = [threading.Thread(target=client.start) for client in clients]
+        for thread in starts:
+            thread.start()
+        for thread in starts:
+            thread.join()
+        return named, clients
+
     def close(self) -> None:
         self.thread.join(self.timeout_s + 5)
         assert not self.thread.is_alive()
@@ -245,13 +256,7 @@ def test_another_model_is_refused_by_the_first_different_name(one_worker: _World
 
 def test_a_worker_that_does_not_push_is_named() -> None:
     world = _World(2, timeout_s=1.0)
-    named = [_named(), _named()]
-    clients = [world.client(rank, named[rank]) for rank in range(2)]
-    starts = [threading.Thread(target=client.start) for client in clients]
-    for thread in starts:
-        thread.start()
-    for thread in starts:
-        thread.join()
+    named, clients = world.start_two()
     for _, parameter in named[0]:
         parameter.grad = torch.ones_like(parameter)
     with pytest.raises(ServerFailed, match=r"worker\(s\) 1 did not push"):
@@ -261,13 +266,7 @@ def test_a_worker_that_does_not_push_is_named() -> None:
 
 def test_a_workers_error_reaches_the_others() -> None:
     world = _World(2)
-    named = [_named(), _named()]
-    clients = [world.client(rank, named[rank]) for rank in range(2)]
-    starts = [threading.Thread(target=client.start) for client in clients]
-    for thread in starts:
-        thread.start()
-    for thread in starts:
-        thread.join()
+    _, clients = world.start_two()
     clients[1].fail("ValueError: boom")
     with pytest.raises(ServerFailed, match="worker 1 failed: ValueError: boom"):
         clients[0].step(0, [{}], NO_CLIP)
