@@ -11,11 +11,11 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -79,22 +79,25 @@ def run_processes(function: Callable[[Process], Any], size: int, timeout_s: floa
     as torchrun would make it. None of them outlives the call, nor this process.
     Raises: RowFailed with the output of whoever failed first, or if not all have ended after `timeout_s` seconds.
     """
+    from gradsync.processes import make_private_folder  # here: arguments are checked before torch is loaded
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pids: list[int] = []
     sys.stdout.flush()
-    with tempfile.TemporaryDirectory(prefix="gradsync-benchmark-") as name:
-        try:
-            for index in range(size):
-                parent, pid = os.getpid(), os.fork()
-                if pid == 0:
-                    _be_process(function, Process(index, size, tuple(pids)), port, Path(name), parent)
-                pids.append(pid)
-            _wait_for(pids, timeout_s, Path(name))
-            return [json.loads((Path(name) / f"result_{index}").read_text()) for index in range(size)]
-        finally:
-            _end(pids)
+    folder = make_private_folder("benchmark")  # also removes what a killed run left
+    try:
+        for index in range(size):
+            parent, pid = os.getpid(), os.fork()
+            if pid == 0:
+                _be_process(function, Process(index, size, tuple(pids)), port, folder, parent)
+            pids.append(pid)
+        _wait_for(pids, timeout_s, folder)
+        return [json.loads((folder / f"result_{index}").read_text()) for index in range(size)]
+    finally:
+        _end(pids)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _be_process(function: Callable[[Process], Any], process: Process, port: int, folder: Path, parent: int) -> None:
