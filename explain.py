@@ -7,6 +7,7 @@ import re
 import torch
 
 from .comm.diagnosis import explain_timeout, is_lost_peer, is_timeout
+from .comm.hooks import BadHook
 from .comm.server import ServerFailed, WorkerFailed
 from .errors import UserError
 
@@ -30,7 +31,7 @@ def is_consequence(error: BaseException) -> bool:
 
 def _plain(error: BaseException | None) -> BaseException | None:
     """The error worded for people that ``error`` is or was raised from: the argument parser wraps some."""
-    while error is not None and not isinstance(error, (UserError, WorkerFailed, ServerFailed)):
+    while error is not None and not isinstance(error, (UserError, BadHook, WorkerFailed, ServerFailed)):
         error = error.__cause__ or error.__context__
     return error
 

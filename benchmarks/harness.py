@@ -246,7 +246,7 @@ def allocator() -> str:
 def print_table(rows: Summary) -> None:
     """Medians with (min - max); one line per row, one column per metric."""
     metrics = list(dict.fromkeys(metric for values in rows.values() for metric in values))
-    metrics.sort(key=lambda metric: metric.startswith("ratio_"))
+    metrics.sort(key=lambda metric: "ratio_to_" in metric)
     cells = [["row", *metrics]]
     cells += [[name, *(_cell(metric, values.get(metric)) for metric in metrics)] for name, values in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -257,5 +257,5 @@ def print_table(rows: Summary) -> None:
 def _cell(metric: str, spread: dict[str, float] | None) -> str:
     if spread is None:
         return "-"
-    digits = 3 if metric.startswith("ratio_") else 1
+    digits = 3 if "ratio_to_" in metric else 1
     return "{median:.{d}f} ({min:.{d}f} - {max:.{d}f})".format(**spread, d=digits)

@@ -7,8 +7,9 @@ in fresh processes in every round; rows take turns. The first steps are left out
 equal on all ranks, or the row has failed.
 
 Rows: a bare loop with PyTorch's DDP (raw_ddp), the same with Accelerate (accelerate), and one and the same Lightning
-loop with Lightning's DDP (ddp), with gradsync's strategies (manual_allreduce, parameter_server), with a parameter
-server as a beginner writes it (naive) and without any exchange (no_communication), which is the ceiling.
+loop with Lightning's DDP (ddp), the same in a process that keeps freed memory as gradsync's strategies do
+(ddp_keeping_memory), with gradsync's strategies (manual_allreduce, parameter_server), with a parameter server as a
+beginner writes it (naive) and without any exchange (no_communication), which is the ceiling.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from training_rows import Row, Workload
 
 ROW_NAMES = (
-    *("raw_ddp", "accelerate", "ddp", "manual_allreduce"),
+    *("raw_ddp", "accelerate", "ddp", "ddp_keeping_memory", "manual_allreduce"),
     *("parameter_server", "naive", "no_communication"),
 )
 

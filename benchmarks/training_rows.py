@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from gradsync.callbacks import CommunicationMonitor
+from gradsync.comm.memory import keep_freed_memory
 from gradsync.strategies import ManualAllReduceStrategy, ParameterServerStrategy
 
 NUM_CLASSES = 1000
@@ -238,6 +239,16 @@ class LightningLoop(Row):
         trainer.fit(Classifier(network), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
 
 
+def _ddp() -> Strategy:
+    return DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)
+
+
+def _ddp_keeping_memory() -> Strategy:
+    """DDP in a process that keeps freed memory, which gradsync's strategies see to by default."""
+    keep_freed_memory()
+    return _ddp()
+
+
 def _parameter_server(transport: str) -> LightningLoop:
     return LightningLoop(lambda: ParameterServerStrategy(transport, server_log_every_n_steps=0), num_servers=1)
 
@@ -245,7 +256,8 @@ def _parameter_server(transport: str) -> LightningLoop:
 ROWS: dict[str, Row] = {
     "raw_ddp": RawDDP(),
     "accelerate": Accelerate(),
-    "ddp": LightningLoop(lambda: DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True)),
+    "ddp": LightningLoop(_ddp),
+    "ddp_keeping_memory": LightningLoop(_ddp_keeping_memory),
     "manual_allreduce": LightningLoop(ManualAllReduceStrategy),
     "parameter_server": _parameter_server("ipc"),
     "naive": _parameter_server("naive"),

@@ -17,7 +17,7 @@ from typing import final
 
 from torch.nn.parallel import DistributedDataParallel
 
-from ..comm.allreduce import ring_bytes
+from ..comm.algorithms.algorithm import ring_bytes
 from ..comm.timeline import StepCommunication
 
 _NS_PER_MS = 1e6

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -10,19 +11,25 @@ from torch import Tensor
 
 BYTES_PER_MIB = 1024 * 1024
 
-Allocate = Callable[[int, torch.dtype, torch.device], Tensor]
-"""``(numel, dtype, device)`` to a tensor of shape ``(numel,)``: where a bucket's memory comes from."""
 
+@dataclass(frozen=True)
+class BufferSpec:
+    """A bucket's memory before it exists: shape ``(numel,)``."""
 
-def allocate_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(numel, dtype=dtype, device=device)
+    numel: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> BufferSpec:
+        first = parameters[0]
+        return cls(sum(p.numel() for p in parameters), first.dtype, first.device)
 
 
 @final
 class Bucket:
     """Gradients of ``parameters`` in one contiguous buffer, in that order.
 
-    Reads like :class:`torch.distributed.GradBucket`, so that a DDP communication hook can take it.
     Every view has its parameter's shape, and its strides where those are dense: then a channels-last
     gradient is copied without reordering, as DDP does.
 
@@ -30,17 +37,14 @@ class Bucket:
         index: Position in the launch order.
         parameters: All of one dtype and one device.
         is_last: Whether it is the last bucket of a backward pass.
-        allocate: Where the buffer's memory comes from.
+        buffer: Its memory, of shape ``(numel of all parameters,)``.
     """
 
-    def __init__(
-        self, index: int, parameters: list[Tensor], is_last: bool, allocate: Allocate = allocate_zeros
-    ) -> None:
-        first = parameters[0]
+    def __init__(self, index: int, parameters: list[Tensor], is_last: bool, buffer: Tensor) -> None:
         self._index = index
         self._is_last = is_last
         self._parameters = parameters
-        self._buffer = allocate(sum(p.numel() for p in parameters), first.dtype, first.device)
+        self._buffer = buffer
         self.slices = list(self._buffer.split([p.numel() for p in parameters]))
         """Each gradient as a 1-D contiguous part of the buffer."""
         self.views = [view_like(part, p) for part, p in zip(self.slices, parameters, strict=True)]
@@ -54,8 +58,8 @@ class Bucket:
     def buffer(self) -> Tensor:
         return self._buffer
 
-    def set_buffer(self, tensor: Tensor) -> None:
-        """Take over the values of ``tensor`` (shape and dtype of the buffer)."""
+    def take(self, tensor: Tensor) -> None:
+        """Take over the values of ``tensor`` (shape of the buffer); no copy if they are in the buffer already."""
         if tensor.data_ptr() != self._buffer.data_ptr():
             self._buffer.copy_(tensor)
 
@@ -82,34 +86,44 @@ def view_like(flat: Tensor, parameter: Tensor) -> Tensor:
     return flat.view(parameter.shape)
 
 
-def _fill(parameters: Iterable[Tensor], max_bytes: int, first_max_bytes: int) -> Iterator[list[Tensor]]:
-    """Runs of ``parameters`` of one dtype and device, none larger than its limit unless it is one tensor."""
-    run: list[Tensor] = []
-    size = 0
-    limit = first_max_bytes
-    for parameter in parameters:
-        num_bytes = parameter.numel() * parameter.element_size()
-        same_kind = not run or (parameter.dtype, parameter.device) == (run[0].dtype, run[0].device)
-        if run and (not same_kind or size + num_bytes > limit):
-            yield run
-            run, size, limit = [], 0, max_bytes
-        run.append(parameter)
-        size += num_bytes
-    if run:
-        yield run
+def ddp_layout(parameters: Iterable[Tensor], max_bytes: int, first_max_bytes: int | None = None) -> list[list[Tensor]]:
+    """Cut ``parameters`` into buckets exactly as DistributedDataParallel does (``_compute_bucket_assignment_by_size``).
 
-
-def build_buckets(
-    parameters: Iterable[Tensor],
-    bucket_mib: float,
-    first_bucket_mib: float | None = None,
-    allocate: Allocate = allocate_zeros,
-) -> list[Bucket]:
-    """Cut ``parameters`` into buckets of at most ``bucket_mib`` MiB, keeping their order.
-
-    A larger parameter gets a bucket of its own. The result depends on the order, shapes and dtypes only,
-    so ranks that hold the same model get the same buckets without talking.
+    A bucket is full when it *reaches* its limit, which is ``first_max_bytes`` for the first one of a dtype and
+    device. The same layout makes sums of three and more ranks round as under DDP.
     """
-    first = bucket_mib if first_bucket_mib is None else min(first_bucket_mib, bucket_mib)
-    runs = list(_fill(parameters, int(bucket_mib * BYTES_PER_MIB), int(first * BYTES_PER_MIB)))
-    return [Bucket(index, run, index == len(runs) - 1, allocate) for index, run in enumerate(runs)]
+    full: list[list[Tensor]] = []
+    begun: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    room: dict[tuple[torch.dtype, torch.device], int] = {}
+    for parameter in parameters:
+        kind = (parameter.dtype, parameter.device)
+        begun.setdefault(kind, []).append(parameter)
+        room[kind] = room.get(kind, max_bytes if first_max_bytes is None else first_max_bytes) - parameter.nbytes
+        if room[kind] <= 0:
+            full.append(begun.pop(kind))
+            room[kind] = max_bytes
+    return full + list(begun.values())
+
+
+def bounded_layout(parameters: Iterable[Tensor], max_bytes: int) -> list[list[Tensor]]:
+    """Runs of ``parameters`` of one dtype and device, none larger than ``max_bytes`` unless it is one tensor."""
+    runs: list[list[Tensor]] = []
+    size = 0
+    for parameter in parameters:
+        run = runs[-1] if runs else []
+        same_kind = bool(run) and (parameter.dtype, parameter.device) == (run[0].dtype, run[0].device)
+        if not same_kind or size + parameter.nbytes > max_bytes:
+            runs.append([])
+            size = 0
+        runs[-1].append(parameter)
+        size += parameter.nbytes
+    return runs
+
+
+def make_buckets(layout: Sequence[list[Tensor]], buffers: Iterable[Tensor] | None = None) -> list[Bucket]:
+    """Buckets of a layout, in ``buffers`` (one each, as :class:`BufferSpec` says) or in new memory."""
+    if buffers is None:
+        specs = [BufferSpec.of(run) for run in layout]
+        buffers = [torch.zeros(spec.numel, dtype=spec.dtype, device=spec.device) for spec in specs]
+    last = len(layout) - 1
+    return [Bucket(i, run, i == last, buffer) for i, (run, buffer) in enumerate(zip(layout, buffers, strict=True))]

@@ -2,19 +2,20 @@
 
 Phases of one synchronizing backward pass, on every rank:
 
-1. *collect*: a hook copies each gradient, times ``1 / world_size``, into its bucket as soon as it is ready;
+1. *collect*: a hook copies each gradient, scaled, into its bucket as soon as it is ready;
 2. *launch*: a full bucket is handed to the algorithm, strictly in bucket order, so that all ranks agree;
 3. *finish*: buckets left over are launched, everything is waited for, ``p.grad`` becomes the averaged view.
 """
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,14 @@ import torch.utils.hooks
 from torch import Tensor
 from torch.futures import Future
 
-from .allreduce import Algorithm
-from .buckets import Bucket, build_buckets
+from .algorithms.algorithm import Algorithm
+from .buckets import BYTES_PER_MIB, Bucket, BufferSpec, ddp_layout, make_buckets
 from .timeline import Timeline
+from .tuner import BucketTuner
+
+_retired: list[dist.ProcessGroup] = []
+"""Groups of the reducer closed last. A backend thread may still be in a callback of the last step (a hook's) that
+holds the group: were that the last reference, the thread would have to wait for its own end, and gloo aborts."""
 
 
 @dataclass(eq=False)
@@ -39,21 +45,41 @@ class _Slot:
     collected: bool = False
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A bucket under way."""
+
+    bucket: Bucket
+    start_ns: int
+    future: Future[Tensor]
+    ended: Future[int]
+    """When that was done, in ns."""
+
+
 @final
 class GradientReducer:
     """Replaces ``p.grad`` by its average over all ranks at the end of every backward pass.
 
     Every rank holds the same parameters in the same order and calls the same methods in the same order.
 
+    The first synchronizing pass uses one bucket per dtype; from the second on buckets follow the order in which
+    rank 0's gradients became ready, the first one small. This is DDP's layout, so that even sums over more than
+    two ranks round as under DDP (with the algorithm ``native`` and DDP's defaults).
+
     Args:
         named_parameters: Those that may get gradients; frozen ones are skipped as long as they are frozen.
         algorithm: How a bucket is summed over ranks.
         control_group: Gloo group for the few bytes per step that say which parameters were used: on the host, so
             that a GPU is not waited for. Not the algorithm's group: its collectives may still be under way.
-        bucket_mib: Largest bucket in MiB.
-        first_bucket_mib: Size of the first bucket: a small one starts communication early.
+        bucket_mib: A bucket is full when it reaches so many MiB.
+        first_bucket_mib: The same of the first bucket: a small one starts communication early.
         overlap: Reduce during the backward pass (True) or after it (False).
         timeline: Where the spans go.
+        tuner: Chooses ``bucket_mib`` in the first steps, if given.
+        own_groups: Destroyed by :meth:`close`.
+
+    Raises:
+        SharedMemoryError: there is too little memory for the buckets.
     """
 
     def __init__(
@@ -65,31 +91,46 @@ class GradientReducer:
         first_bucket_mib: float = 1.0,
         overlap: bool = True,
         timeline: Timeline | None = None,
+        tuner: BucketTuner | None = None,
+        own_groups: Sequence[dist.ProcessGroup] = (),
     ) -> None:
         self._names = {p: name for name, p in named_parameters}
-        self._algorithm = algorithm
+        self.algorithm = algorithm
+        self._own_groups = own_groups
         self._control_group = control_group
-        self._bucket_mib = bucket_mib
+        self._tuner = tuner
+        self._bucket_mib = tuner.first_mib if tuner else bucket_mib
         self._first_bucket_mib = first_bucket_mib
         self._overlap = overlap
         self.timeline = timeline or Timeline()
-        self._scale = 1.0 / algorithm.world_size
         self._sync = True
         self._in_pass = False
-        self._pending: list[tuple[Bucket, Future[Tensor]]] = []
+        self._pending: list[_Launched] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.buckets: list[Bucket] = []
         self._slots: dict[Tensor, _Slot] = {}
         self._build()
 
+    # -- layout ----------------------------------------------------------------------------------------------
+
     def _build(self) -> None:
-        """Lay out buckets for all parameters that require gradients now, and those that ever did."""
+        """Buckets for all parameters that require gradients now, and those that ever did; their order is learnt."""
+        self._ready: dict[Tensor, None] = {}
         chosen = [p for p in self._names if p.requires_grad or p in self._slots]
+        self._lay_out(ddp_layout(chosen, max_bytes=sys.maxsize)[::-1])
+        self._order_is_known = False
+
+    def _build_in_order(self, order: Iterable[Tensor]) -> None:
+        """Buckets for the same parameters in the order in which gradients become ready."""
+        max_bytes, first = (int(mib * BYTES_PER_MIB) for mib in (self._bucket_mib, self._first_bucket_mib))
+        self._ready = dict.fromkeys(order)
+        self._lay_out(ddp_layout(self._ready, max_bytes, min(first, max_bytes)))
+        self._order_is_known = True
+
+    def _lay_out(self, layout: list[list[Tensor]]) -> None:
         dirty = {p for p, slot in self._slots.items() if slot.dirty}
-        # Gradients become ready roughly in reverse order of construction.
-        self.buckets = build_buckets(
-            reversed(chosen), self._bucket_mib, self._first_bucket_mib, self._algorithm.allocate
-        )
+        self.algorithm.release([bucket.buffer() for bucket in self.buckets])
+        self.buckets = make_buckets(layout, self.algorithm.allocate([BufferSpec.of(run) for run in layout]))
         self._slots = {
             p: _Slot(p, bucket, view, dirty=p in dirty)
             for bucket in self.buckets
@@ -99,6 +140,14 @@ class GradientReducer:
         self._handles = [  # not earlier: torch refuses hooks on frozen parameters
             p.register_post_accumulate_grad_hook(partial(self._on_gradient, slot)) for p, slot in self._slots.items()
         ]
+
+    def _agreed_order(self) -> list[Tensor]:
+        """Parameters in the order in which rank 0's gradients became ready in the last pass; blocks."""
+        known = list(self._names)
+        index = {p: i for i, p in enumerate(known)}
+        order = torch.tensor([index[p] for p in self._ready])
+        dist.broadcast(order, dist.get_global_rank(self._control_group, 0), group=self._control_group)
+        return [known[i] for i in order.tolist()]
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -129,21 +178,46 @@ class GradientReducer:
         finally:
             self._in_pass = False
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is under way: after a failed pass a collective may still wait for a peer."""
-        return not self._pending
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to round and compress as this one goes on to; ``algorithm`` is this rank's own."""
+        order = [self._names[p] for p in self._ready] if self._order_is_known else []
+        return {"order": order, "bucket_mib": self._bucket_mib, "algorithm": self.algorithm.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`, between two steps; called on all ranks.
+
+        Raises:
+            ValueError: it belongs to another model.
+        """
+        parameters = {name: p for p, name in self._names.items() if p in self._slots}
+        if state["order"]:
+            if set(state["order"]) != parameters.keys():
+                raise ValueError("the state of communication belongs to a model with other trainable parameters")
+            self._bucket_mib = state["bucket_mib"]
+            self._build_in_order(parameters[name] for name in state["order"])
+        self.algorithm.load_state_dict(state["algorithm"])
 
     def close(self) -> None:
-        """Remove the hooks and release the algorithm. Gradients stay as they are."""
+        """Remove the hooks and release the algorithm, waiting for nobody. Gradients stay as they are."""
         self._remove_hooks()
-        self._algorithm.close()
+        self.algorithm.close()
+        # after a failed pass a collective may still wait for a peer, and destroying its group would wait with it
+        for group in () if self._pending else self._own_groups:
+            dist.destroy_process_group(group)
+        _retired[:] = self._own_groups
 
     # -- collect ---------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
+        # every rank runs the same schedule, so all rebuild together
         if any(p.requires_grad and p not in self._slots for p in self._names):
-            self._build()  # unfrozen since; every rank runs the same schedule, so all rebuild together
+            self._build()  # unfrozen since
+        elif not self._order_is_known:
+            if len(self._ready) == len(self._slots):
+                self._build_in_order(self._agreed_order())
+        elif self._tuner and (size_mib := self._tuner.step_begins()):
+            self._bucket_mib = size_mib
+            self._build_in_order(self._ready)
         self._missing = [0] * len(self.buckets)
         for slot in self._slots.values():
             slot.collected = False
@@ -162,7 +236,11 @@ class GradientReducer:
                 "use a dense layer (for embeddings: sparse=False) or --trainer.strategy ddp"
             )
         slot.dirty = True
-        if not (self._in_pass and self._overlap):
+        if not self._in_pass:
+            return
+        if not self._order_is_known:
+            self._ready[parameter] = None
+        if not self._overlap:
             return
         if slot.collected:
             raise RuntimeError(
@@ -179,7 +257,7 @@ class GradientReducer:
         if gradient is None:
             slot.view.zero_()
         else:
-            torch.mul(gradient, self._scale, out=slot.view)
+            torch.mul(gradient, self.algorithm.scale, out=slot.view)
             slot.parameter.grad = slot.view
         slot.collected = True
         self._missing[slot.bucket.index()] -= 1
@@ -193,26 +271,30 @@ class GradientReducer:
 
     def _launch(self, bucket: Bucket) -> None:
         start_ns = time.perf_counter_ns()
-        num_bytes = self._algorithm.num_bytes(bucket)
-        future = self._algorithm.start(bucket)
-
-        def record(done: Future[Tensor]) -> Tensor:
-            self.timeline.add_span(start_ns, time.perf_counter_ns(), num_bytes)
-            return done.value()
-
-        self._pending.append((bucket, future.then(record)))
+        future = self.algorithm.start(bucket)
+        # Nothing of the reducer in there: a thread of the backend runs it, and one that lets go of its own
+        # process group last would wait for itself.
+        ended: Future[int] = future.then(lambda done: time.perf_counter_ns())
+        self._pending.append(_Launched(bucket, start_ns, future, ended))
 
     # -- finish ----------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         self.timeline.gradients_ready()
+        used, control = self._share_used_mask()
+        if not any(slot.dirty for slot in self._slots.values()):
+            control.wait()
+            if not used.any():  # the pass was one of another model, on all ranks
+                return
         for slot in self._slots.values():
+            self._ready.setdefault(slot.parameter)
             if slot.parameter.requires_grad and not slot.collected:
                 self._collect(slot)
-        used, control = self._share_used_mask()
         self._launch_ready()
-        for bucket, future in self._pending:
-            bucket.set_buffer(future.wait())
+        for launched in self._pending:
+            launched.bucket.take(launched.future.wait())
+            num_bytes = self.algorithm.num_bytes(launched.bucket)
+            self.timeline.add_span(launched.start_ns, launched.ended.wait(), num_bytes)
         self._pending.clear()
         control.wait()
         self._publish(used)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, final
@@ -63,6 +64,10 @@ def union_ms(spans: Iterable[tuple[int, int]]) -> float:
     return covered / _NS_PER_MS
 
 
+_MAX_SPANS = 2**14
+"""Far more than a step has. A loop that never takes a step must not fill the memory with them."""
+
+
 @final
 class Timeline:
     """Collects the spans of the current step. Spans may be added from any thread; the rest from the trainer's."""
@@ -72,7 +77,7 @@ class Timeline:
         self._reset()
 
     def _reset(self) -> None:
-        self._spans: list[tuple[int, int]] = []
+        self._spans: deque[tuple[int, int]] = deque(maxlen=_MAX_SPANS)
         self._exposed_ns = 0
         self._ready_ns: int | None = None
         self._num_bytes = 0

@@ -23,7 +23,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero
 from torch import Tensor
 from typing_extensions import override
 
+from ..comm.agreement import ModelMismatch, check_same_model
 from ..comm.broadcast import broadcast_tensors
+from ..comm.memory import keep_freed_memory
 from ..comm.timeline import Timeline
 from ..errors import UserError
 from .control_plane import ControlPlane, GroupControlPlane, LocalControlPlane
@@ -42,6 +44,8 @@ class CollectiveStrategy(ParallelStrategy):
         step_timeout_s: Seconds that a rank waits for the others in one operation of a run before it gives up.
         broadcast_buffers: Give every rank rank 0's buffers (BatchNorm statistics) before a forward pass that
             follows a synchronizing step, as DDP does.
+        keep_freed_memory: Tell glibc not to give freed memory back to the kernel between steps, since the next step
+            needs it again; no effect where ``MALLOC_*`` or ``GLIBC_TUNABLES`` is set.
     """
 
     is_distributed = True  # or Lightning injects no DistributedSampler and ignores sync_dist
@@ -54,6 +58,7 @@ class CollectiveStrategy(ParallelStrategy):
         start_timeout_s: float = 120.0,
         step_timeout_s: float = 300.0,
         broadcast_buffers: bool = True,
+        keep_freed_memory: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -70,6 +75,7 @@ class CollectiveStrategy(ParallelStrategy):
         self.step_timeout = timedelta(seconds=step_timeout_s)
         self._process_group_backend = process_group_backend
         self._broadcast_buffers = broadcast_buffers
+        self._keep_freed_memory = keep_freed_memory
         self._buffers_due = True
         self._accumulating = False
         self._num_nodes = 1
@@ -172,6 +178,7 @@ class CollectiveStrategy(ParallelStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         self.prepare_model(trainer)
         assert self.model is not None
+        self._check_same_model()
         broadcast_tensors(self._state())
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
@@ -180,6 +187,8 @@ class CollectiveStrategy(ParallelStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
             self._buffers_due = True
+            if self._keep_freed_memory:
+                keep_freed_memory()
             self.start_fitting()
             self._fitting = True
 
@@ -196,6 +205,13 @@ class CollectiveStrategy(ParallelStrategy):
             self.model = self._layer_sync.apply(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
+
+    def _check_same_model(self) -> None:
+        assert self.model is not None
+        try:
+            check_same_model([*self.model.named_parameters(), *self.model.named_buffers()])
+        except ModelMismatch as error:
+            raise UserError(str(error)) from error
 
     def _state(self) -> list[Tensor]:
         assert self.model is not None

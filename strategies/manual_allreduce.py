@@ -2,69 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, final
 
-import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ..comm.allreduce import ALGORITHMS
+from ..comm.agreement import gather_trees
+from ..comm.algorithms import ALGORITHMS, AlgorithmUnavailable, name_of
+from ..comm.engine import DEFAULT_BUCKET_MIB, make_reducer
+from ..comm.hooks import BadHook, HookAlgorithm
 from ..comm.reducer import GradientReducer
+from ..comm.shared_memory import SharedMemoryError
 from ..errors import UserError
 from .collective import CollectiveStrategy
+
+CHECKPOINT_KEY = "gradsync_communication"
+"""Where a checkpoint holds the state of communication."""
 
 
 @final
 class ManualAllReduceStrategy(CollectiveStrategy):
     """Every rank trains a replica; buckets of gradients are averaged with an all-reduce of your choice.
 
-    At 2 ranks the result equals Lightning's DDP to the bit.
+    At 2 ranks the result equals Lightning's DDP to the bit, unless a hook compresses.
 
     Args:
-        algorithm: ``native`` (the backend's all-reduce per bucket) or ``naive`` (a blocking one per parameter).
-        bucket_mib: Largest bucket in MiB.
+        algorithm: ``auto`` (``shared_memory`` where all ranks are on one host and gradients on the CPU, else
+            ``native``), ``native`` (the backend's all-reduce per bucket), ``ring``, ``halving_doubling``,
+            ``hierarchical``, ``shared_memory`` or ``naive`` (a blocking one per parameter).
+        bucket_mib: A bucket is full when it reaches so many MiB; ``auto`` tries sizes in the first steps.
         overlap: Reduce during the backward pass (true) or after it (false).
+        comm_hook: A DDP communication hook in place of the algorithm: ``bf16``, ``fp16``, ``powersgd``, ``int8``,
+            ``top_k``, a dotted path, ``wrapper(hook)`` of those, or a callable.
+        comm_state: The hook's options (``{"share": 0.01}``), ``{"class_path": ..., "init_args": ...}`` of its state,
+            or, from Python, the state itself, whatever its class.
         kwargs: See :class:`CollectiveStrategy`.
     """
 
     strategy_name = "manual_allreduce"
 
     def __init__(
-        self, algorithm: str = "native", bucket_mib: float = 25.0, overlap: bool = True, **kwargs: Any
+        self,
+        algorithm: str = "auto",
+        bucket_mib: float | str = DEFAULT_BUCKET_MIB,
+        overlap: bool = True,
+        comm_hook: str | Callable[..., Any] | None = None,
+        comm_state: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if algorithm not in ALGORITHMS:
-            raise UserError(f"--trainer.strategy.algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-        if bucket_mib <= 0:
-            raise UserError(f"--trainer.strategy.bucket_mib must be > 0 MiB, got {bucket_mib}")
-        self.options = {"algorithm": algorithm, "bucket_mib": bucket_mib, "overlap": overlap}
+        if algorithm not in ("auto", *ALGORITHMS):
+            names = ", ".join(["auto", *ALGORITHMS])
+            raise UserError(f"--trainer.strategy.algorithm must be one of {names}, got {algorithm!r}")
+        self.options = {
+            "algorithm": algorithm,
+            "bucket_mib": _bucket_mib(bucket_mib),
+            "overlap": overlap,
+            **({"comm_hook": _hook_name(comm_hook)} if comm_hook is not None else {}),
+        }
+        self._hook, self._hook_state = comm_hook, comm_state
         self._reducer: GradientReducer | None = None
+        self._restored: dict[str, Any] | None = None
 
     @override
     def start_fitting(self) -> None:
         assert self.model is not None
-        # Private groups: on the default one Lightning's and torchmetrics' collectives may interleave with ours.
-        gradient_group = dist.new_group(timeout=self.step_timeout)
-        control_group = dist.new_group(timeout=self.step_timeout, backend="gloo")
-        assert isinstance(gradient_group, dist.ProcessGroup)
-        assert isinstance(control_group, dist.ProcessGroup)
-        self._groups = [gradient_group, control_group]
-        self._reducer = GradientReducer(
-            self.model.named_parameters(),
-            ALGORITHMS[self.options["algorithm"]](gradient_group),
-            control_group,
-            bucket_mib=self.options["bucket_mib"],
-            overlap=self.options["overlap"],
-            timeline=self.timeline,
-        )
+        try:
+            self._reducer = make_reducer(
+                self.model.named_parameters(),
+                self.options["algorithm"],
+                self._hook,
+                self._hook_state,
+                self.options["bucket_mib"],
+                self.options["overlap"],
+                self.step_timeout.total_seconds(),
+                self.timeline,
+                rank_zero_info,
+            )
+        except (AlgorithmUnavailable, BadHook, SharedMemoryError) as error:
+            raise UserError(f"--trainer.strategy manual_allreduce: {error}") from error
+        if self._hook is None:
+            self.options["algorithm"] = name_of(self._reducer.algorithm)
+        self._restore(self._reducer)
 
     @override
     def stop_fitting(self) -> None:
         assert self._reducer is not None
         self._reducer.close()
-        for group in self._groups if self._reducer.idle else ():  # destroying a busy one waits for the peer
-            dist.destroy_process_group(group)
         self._reducer = None
 
     @override
@@ -85,3 +113,56 @@ class ManualAllReduceStrategy(CollectiveStrategy):
         closure_loss = plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """With the state of communication in it; Lightning calls this on all ranks."""
+        if self._reducer is not None:
+            state = self._reducer.state_dict()
+            if isinstance(self._reducer.algorithm, HookAlgorithm):  # what it still has to send differs between ranks
+                state["algorithm"] = gather_trees(state["algorithm"])
+            checkpoint[CHECKPOINT_KEY] = {**state, "world_size": self.world_size}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._restored = checkpoint.get(CHECKPOINT_KEY)
+        return checkpoint
+
+    def _restore(self, reducer: GradientReducer) -> None:
+        state, self._restored = self._restored, None
+        if state is None:
+            return
+        had_hook, has_hook = isinstance(state["algorithm"], list), isinstance(reducer.algorithm, HookAlgorithm)
+        if had_hook != has_hook or (had_hook and state["world_size"] != self.world_size):
+            rank_zero_warn(
+                f"the checkpoint is of {state['world_size']} ranks {'with' if had_hook else 'without'} a communication "
+                f"hook, this run has {self.world_size} {'with' if has_hook else 'without'} one: what compression had "
+                "still to send starts anew"
+            )
+            return
+        if had_hook:
+            state = {**state, "algorithm": state["algorithm"][self.global_rank]}
+        try:
+            reducer.load_state_dict(state)
+        except ValueError as error:
+            rank_zero_warn(f"the checkpoint's state of communication starts anew: {error}")
+
+
+def _bucket_mib(given: float | str) -> float | str:
+    if given == "auto":
+        return given
+    try:
+        size = float(given)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise UserError(f"--trainer.strategy.bucket_mib must be > 0 MiB or auto, got {given!r}")
+    return size
+
+
+def _hook_name(hook: str | Callable[..., Any]) -> str:
+    return hook if isinstance(hook, str) else f"{getattr(hook, '__module__', '')}.{getattr(hook, '__qualname__', hook)}"

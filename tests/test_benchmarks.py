@@ -15,8 +15,19 @@ from typing import Any
 import psutil
 import pytest
 
+from gradsync.comm import ALGORITHMS
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-ROWS = {"raw_ddp", "accelerate", "ddp", "manual_allreduce", "parameter_server", "naive", "no_communication"}
+ROWS = {
+    "raw_ddp",
+    "accelerate",
+    "ddp",
+    "ddp_keeping_memory",
+    "manual_allreduce",
+    "parameter_server",
+    "naive",
+    "no_communication",
+}
 TINY = "--arch shufflenet_v2_x0_5 --image-size 32 --batch-size 2 --rounds 1 --steps 2 --warmup 1"
 
 
@@ -29,10 +40,14 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     return harness
 
 
-def run_step(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "step.py"), *arguments], capture_output=True, text=True, timeout=200
+        [sys.executable, str(BENCHMARKS / name), *arguments], capture_output=True, text=True, timeout=200
     )
+
+
+def run_step(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_script("step.py", *arguments)
 
 
 def wait_until_gone(pid: int) -> bool:
@@ -64,6 +79,39 @@ def test_step_measures_every_row(tmp_path: Path) -> None:
     assert result["rows"]["ddp"]["ratio_to_ddp"]["median"] == 1
     equal = next(line for line in done.stdout.splitlines() if line.startswith("Weights"))
     assert all(name in equal for name in ROWS - {"ddp", "no_communication"})
+
+
+def test_sync_measures_every_algorithm_and_checks_its_sum(tmp_path: Path) -> None:
+    tiny = "--ranks 3 --arch shufflenet_v2_x0_5 --rounds 1 --sums 1"
+    done = run_script("sync.py", *tiny.split(), "--json", str(tmp_path / "sync.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "sync.json").read_text())
+    assert result["settings"]["failed"] == {}
+    assert result["rows"].keys() == {"ddp", "flat", *ALGORITHMS}
+    for metrics in result["rows"].values():
+        assert metrics.keys() == {"wall_ms", "cpu_ms", "wall_ratio_to_ddp", "cpu_ratio_to_ddp"}
+    assert result["rows"]["ddp"]["cpu_ratio_to_ddp"]["median"] == 1
+
+
+def test_hooks_trains_with_each_and_writes_the_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    begin, end = "<!-- hooks table: benchmarks/hooks.py writes it -->", "<!-- end of hooks table -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    tiny = "--arch shufflenet_v2_x0_5 --epochs 1 --limit-batches 12"
+    files = ["--markdown", str(page), "--json", str(tmp_path / "hooks.json")]
+    done = run_script("hooks.py", *tiny.split(), *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    megabytes = {
+        name: r["mb_per_step"] for name, r in json.loads((tmp_path / "hooks.json").read_text())["rows"].items()
+    }
+    assert megabytes.keys() == {"none", "bf16", "powersgd, rank 4", "int8", "top_k, 1 %"}
+    assert megabytes["bf16"] == pytest.approx(megabytes["none"] / 2)
+    assert megabytes["int8"] == pytest.approx(megabytes["none"] / 4, rel=0.05)  # scales come on top
+    assert megabytes["top_k, 1 %"] == pytest.approx(megabytes["none"] / 50, rel=0.05)
+    text = page.read_text()
+    assert text.startswith(f"before\n{begin}\n| hook ")
+    assert text.endswith(f"{end}\nafter\n")
+    assert all(f"| {name} |" in text for name in megabytes)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from gradsync.comm import build_buckets
+from gradsync.comm.buckets import bounded_layout, ddp_layout, make_buckets
 from gradsync.comm.server.layout import Layout, flat_alias
 
 
@@ -19,7 +22,7 @@ def _parameters() -> list[torch.Tensor]:
 @pytest.mark.parametrize("bucket_mib", [1e-6, 0.002, 1.0])
 def test_every_parameter_is_in_one_bucket_in_order(bucket_mib: float) -> None:
     parameters = _parameters()
-    buckets = build_buckets(parameters, bucket_mib)
+    buckets = make_buckets(bounded_layout(parameters, int(bucket_mib * 2**20)))
     assert [id(p) for b in buckets for p in b.parameters()] == [id(p) for p in parameters]
     assert [b.index() for b in buckets] == list(range(len(buckets)))
     assert [b.is_last() for b in buckets] == [False] * (len(buckets) - 1) + [True]
@@ -28,17 +31,20 @@ def test_every_parameter_is_in_one_bucket_in_order(bucket_mib: float) -> None:
         assert len(bucket.parameters()) == 1 or bucket.num_bytes <= bucket_mib * 2**20
 
 
+@pytest.mark.parametrize("limits", [[1], [4000], [100, 4000], [sys.maxsize]])
+def test_the_layout_is_ddps(limits: list[int]) -> None:
+    parameters = [p for p in _parameters() if p.dtype == torch.float32]
+    theirs, _ = dist._compute_bucket_assignment_by_size(parameters, limits)
+    ours = ddp_layout(parameters, limits[-1], limits[0])
+    assert [[id(p) for p in run] for run in ours] == [[id(parameters[i]) for i in run] for run in theirs]
+
+
 def test_a_view_has_its_parameters_shape_and_strides_and_lives_in_the_buffer() -> None:
-    for bucket in build_buckets(_parameters(), 1.0):
+    for bucket in make_buckets(bounded_layout(_parameters(), 2**20)):
         for parameter, view, part in zip(bucket.parameters(), bucket.gradients(), bucket.slices, strict=True):
             assert (view.shape, view.stride(), view.dtype) == (parameter.shape, parameter.stride(), parameter.dtype)
             view.fill_(7)
             assert bool((part == 7).all())
-
-
-def test_the_first_bucket_may_be_smaller() -> None:
-    buckets = build_buckets([torch.zeros(100) for _ in range(10)], 400 * 5 / 2**20, first_bucket_mib=400 / 2**20)
-    assert [len(b.parameters()) for b in buckets] == [1, 5, 4]
 
 
 @pytest.mark.parametrize("part_mib", [1e-5, 0.001, 4.0])

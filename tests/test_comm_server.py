@@ -12,9 +12,10 @@ import torch
 import zmq
 
 from gradsync.comm import Timeline
+from gradsync.comm.packing import MalformedTree, pack_tree, tensor_bytes, unpack_tree
 from gradsync.comm.server import ParameterServer, ProtocolError, RemoteOptimizer, ServerFailed, WorkerClient
 from gradsync.comm.server.aggregator import Aggregator, steps_per_tensor
-from gradsync.comm.server.protocol import Kind, Message, pack_tree, tensor_bytes, unpack_tree
+from gradsync.comm.server.protocol import Kind, Message
 
 
 def _named() -> list[tuple[str, torch.Tensor]]:
@@ -79,7 +80,7 @@ def test_what_cannot_travel_is_named() -> None:
 
 def test_a_state_that_does_not_fit_its_payload_is_refused() -> None:
     description, payload = pack_tree({"x": torch.ones(4)})
-    with pytest.raises(ProtocolError, match="does not fit"):
+    with pytest.raises(MalformedTree, match="does not fit"):
         unpack_tree(description, payload[:-1])
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ..buckets import Bucket
+from ..packing import tensor_from
 from .layout import Layout
 from .naive import NaivePeers
-from .protocol import ProtocolError, tensor_from
+from .protocol import ProtocolError
 
 
 def steps_per_tensor(optimizer: Optimizer) -> bool:

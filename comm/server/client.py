@@ -10,10 +10,11 @@ import zmq
 from torch import Tensor
 
 from ..buckets import Bucket, view_like
+from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
 from ..timeline import Timeline
 from .layout import Layout, flat_alias
 from .naive import NaivePeers
-from .protocol import Kind, Message, ProtocolError, pack_tree, table_of, tensor_bytes, tensor_from, unpack_tree
+from .protocol import Kind, Message, ProtocolError, table_of
 
 _GRACE_S = 5.0
 """A worker waits this much longer than the server, which knows better whom to blame."""

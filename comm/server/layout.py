@@ -7,7 +7,7 @@ from typing import final
 
 from torch import Tensor
 
-from ..buckets import BYTES_PER_MIB, Bucket, build_buckets, is_dense
+from ..buckets import BYTES_PER_MIB, Bucket, bounded_layout, is_dense, make_buckets
 
 
 @final
@@ -20,8 +20,9 @@ class Layout:
 
     def __init__(self, parameters: list[Tensor], part_mib: float) -> None:
         # The last layer's gradients come first out of the backward pass, and DDP's order is the same.
-        self.buckets = build_buckets([p for p in reversed(parameters) if p.requires_grad], part_mib)
         self._part_bytes = int(part_mib * BYTES_PER_MIB)
+        trainable = [p for p in reversed(parameters) if p.requires_grad]
+        self.buckets = make_buckets(bounded_layout(trainable, self._part_bytes))
 
     def parts(self, bucket: Bucket) -> list[tuple[int, int]]:
         """Element ranges ``[start, end)`` of the bucket's parts."""

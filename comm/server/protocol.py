@@ -14,24 +14,14 @@ named as in :mod:`.client` and :mod:`.server`:
 from __future__ import annotations
 
 import json
-import math
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _HEADER = struct.Struct("<BBHI")  # kind, optimizer, bucket, part
-
-DTYPES = {
-    str(dtype): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
 
 
 class Kind(IntEnum):
@@ -82,17 +72,6 @@ class Message:
             raise ProtocolError(f"unreadable message of kind {kind}: {error}") from error
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, without a copy."""
-    # numpy has no bfloat16: look at the bytes
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
-
-
-def tensor_from(payload: Any, dtype: torch.dtype) -> Tensor:
-    """A 1-D tensor over ``payload``'s memory, without a copy; the caller only reads it."""
-    return torch.frombuffer(payload, dtype=dtype)
-
-
 def table_of(named_parameters: list[tuple[str, Tensor]]) -> list[list[Any]]:
     """What both sides must agree on: ``[name, shape, stride, dtype, trainable]`` per parameter, in order."""
     return [[n, list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad] for n, p in named_parameters]
@@ -107,49 +86,3 @@ def first_difference(mine: list[list[Any]], theirs: list[list[Any]]) -> str | No
         name = max(mine, theirs, key=len)[min(len(mine), len(theirs))][0]
         return f"server has {len(mine)} parameters, worker {len(theirs)}; only one of them has {name!r}"
     return None
-
-
-def pack_tree(tree: Any) -> tuple[Any, bytes]:
-    """``tree`` (dicts, lists, tuples, scalars, tensors) as JSON-compatible description and one payload.
-
-    Raises:
-        TypeError: for a value of any other type, named.
-    """
-    payload = bytearray()
-    return _describe(tree, payload), bytes(payload)
-
-
-def _describe(tree: Any, payload: bytearray) -> Any:
-    if isinstance(tree, Tensor):
-        start = len(payload)
-        payload += tensor_bytes(tree.cpu().contiguous())
-        return {"dtype": str(tree.dtype), "shape": list(tree.shape), "start": start, "end": len(payload)}
-    if isinstance(tree, dict):
-        return {"items": [[key, _describe(value, payload)] for key, value in tree.items()]}
-    if isinstance(tree, (list, tuple)):
-        return {"list": [_describe(value, payload) for value in tree], "tuple": isinstance(tree, tuple)}
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return {"value": tree}
-    raise TypeError(f"a {type(tree).__name__} cannot travel to or from the parameter server")
-
-
-def unpack_tree(description: Any, payload: Any) -> Any:
-    """Inverse of :func:`pack_tree`. Raises ProtocolError where description and payload do not fit."""
-    if "dtype" in description:
-        return _tensor(description, memoryview(payload))
-    if "items" in description:
-        return {key: unpack_tree(value, payload) for key, value in description["items"]}
-    if "list" in description:
-        values = [unpack_tree(value, payload) for value in description["list"]]
-        return tuple(values) if description["tuple"] else values
-    return description["value"]
-
-
-def _tensor(description: Any, payload: memoryview) -> Tensor:
-    dtype, shape = DTYPES.get(description["dtype"]), description["shape"]
-    start, end = description["start"], description["end"]
-    if dtype is None or not 0 <= start <= end <= len(payload) or end - start != math.prod(shape) * dtype.itemsize:
-        raise ProtocolError(f"tensor {description} does not fit a payload of {len(payload)} bytes")
-    if start == end:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(payload[start:end]), dtype=dtype).view(shape)

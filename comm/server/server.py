@@ -12,19 +12,10 @@ import zmq
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
 from .aggregator import Aggregator
 from .naive import NaivePeers
-from .protocol import (
-    Kind,
-    Message,
-    ProtocolError,
-    first_difference,
-    pack_tree,
-    table_of,
-    tensor_bytes,
-    tensor_from,
-    unpack_tree,
-)
+from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 
 _POLL_MS = 200
 

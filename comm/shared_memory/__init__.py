@@ -1,0 +1,6 @@
+"""Memory that the ranks of one host share, and how they wait for each other in it. Linux only."""
+
+from .host_group import HostGroup, PeerLost
+from .segment import SharedMemoryError
+
+__all__ = ["HostGroup", "PeerLost", "SharedMemoryError"]
