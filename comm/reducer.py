@@ -187,13 +187,16 @@ class GradientReducer:
         """Inverse of :meth:`state_dict`, between two steps; called on all ranks.
 
         Raises:
-            ValueError: it belongs to another model.
+            ValueError: it belongs to another model, or to buckets of another size.
         """
         parameters = {name: p for p, name in self._names.items() if p in self._slots}
+        if state["order"] and set(state["order"]) != parameters.keys():
+            raise ValueError("it belongs to a model with other trainable parameters")
+        if self._tuner:  # it has been through
+            self._bucket_mib, self._tuner = state["bucket_mib"], None
+        if state["algorithm"] and state["bucket_mib"] != self._bucket_mib:
+            raise ValueError(f"it belongs to buckets of {state['bucket_mib']:g} MiB, not {self._bucket_mib:g}")
         if state["order"]:
-            if set(state["order"]) != parameters.keys():
-                raise ValueError("the state of communication belongs to a model with other trainable parameters")
-            self._bucket_mib = state["bucket_mib"]
             self._build_in_order(parameters[name] for name in state["order"])
         self.algorithm.load_state_dict(state["algorithm"])
 

@@ -77,6 +77,15 @@ def test_what_compression_had_to_send_is_lost_with_a_warning_when_ranks_change(t
     assert "the checkpoint is of 2 ranks with a communication hook, this run has 3 with one" in results[0][1]
 
 
+def test_another_bucket_size_on_resume_is_taken_and_what_compression_had_to_send_is_not(tmp_path: Path) -> None:
+    run_distributed(_train_with_checkpoints, 2, str(tmp_path / "a"), 1, None, HOOKS["powersgd"])
+    saved = str(tmp_path / "a" / "epoch=0.ckpt")
+    options = {**HOOKS["powersgd"], "bucket_mib": SEVERAL_BUCKETS}
+    results = run_distributed(_warned_on_rank_zero, 2, str(tmp_path / "b"), saved, options)
+    _assert_same(results[0][0], results[1][0])
+    assert "it belongs to buckets of 25 MiB, not 0.002" in results[0][1]
+
+
 def _warned_on_rank_zero(rank: int, folder: str, saved: str, options: dict[str, Any]) -> Any:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
