@@ -22,6 +22,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..comm.agreement import ModelMismatch, check_same_model
 from ..comm.broadcast import broadcast_tensors
 from ..comm.engine import DEFAULT_BUCKET_MIB
 from ..comm.memory import keep_freed_memory
@@ -167,8 +168,15 @@ class FabricManualAllReduceStrategy(ParallelStrategy):
                 "comm_state is the state of one model, but a second one is set up: give its options "
                 "(a mapping), so that every model gets a state of its own"
             )
+        state = [*module.named_parameters(), *module.named_buffers()]
+        try:
+            check_same_model(state)
+        except ModelMismatch as error:
+            raise UserError(f"strategy manual_allreduce: {error}") from error
+        broadcast_tensors(tensor for _, tensor in state)
         taken = {parameter for replica in self._replicas for parameter in replica.parameters()}
-        return self._options.reducer_for(module, taken, rank_zero_info)
+        own = [(name, parameter) for name, parameter in module.named_parameters() if parameter not in taken]
+        return self._options.make_reducer(own, rank_zero_info)
 
     @override
     def teardown(self) -> None:

@@ -12,13 +12,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..comm.agreement import gather_trees
-from ..comm.algorithms import ALGORITHMS, AlgorithmUnavailable, name_of
-from ..comm.engine import DEFAULT_BUCKET_MIB, make_reducer
-from ..comm.hooks import BadHook, HookAlgorithm
+from ..comm.algorithms import name_of
+from ..comm.engine import DEFAULT_BUCKET_MIB
+from ..comm.hooks import HookAlgorithm
 from ..comm.reducer import GradientReducer
-from ..comm.shared_memory import SharedMemoryError
-from ..errors import UserError
 from .collective import CollectiveStrategy
+from .reducer_options import ReducerOptions
 
 CHECKPOINT_KEY = "gradsync_communication"
 """Where a checkpoint holds the state of communication."""
@@ -55,39 +54,27 @@ class ManualAllReduceStrategy(CollectiveStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if algorithm not in ("auto", *ALGORITHMS):
-            names = ", ".join(["auto", *ALGORITHMS])
-            raise UserError(f"--trainer.strategy.algorithm must be one of {names}, got {algorithm!r}")
-        self.options = {
-            "algorithm": algorithm,
-            "bucket_mib": _bucket_mib(bucket_mib),
-            "overlap": overlap,
-            **({"comm_hook": _hook_name(comm_hook)} if comm_hook is not None else {}),
-        }
-        self._hook, self._hook_state = comm_hook, comm_state
+        self._reducer_options = ReducerOptions(
+            algorithm,
+            bucket_mib,
+            overlap,
+            comm_hook,
+            comm_state,
+            self.step_timeout.total_seconds(),
+            flag="--trainer.strategy.",
+        )
+        self.options = self._reducer_options.shown()
         self._reducer: GradientReducer | None = None
         self._restored: dict[str, Any] | None = None
 
     @override
     def start_fitting(self) -> None:
         assert self.model is not None
-        try:
-            self._reducer = make_reducer(
-                self.model.named_parameters(),
-                self.options["algorithm"],
-                self._hook,
-                self._hook_state,
-                self.options["bucket_mib"],
-                self.options["overlap"],
-                self.step_timeout.total_seconds(),
-                self.timeline,
-                rank_zero_info,
-            )
-        except (AlgorithmUnavailable, BadHook, SharedMemoryError) as error:
-            raise UserError(f"--trainer.strategy manual_allreduce: {error}") from error
-        if self._hook is None:
-            self.options["algorithm"] = name_of(self._reducer.algorithm)
-        self._restore(self._reducer)
+        parameters = self.model.named_parameters()
+        reducer = self._reducer = self._reducer_options.make_reducer(parameters, rank_zero_info, self.timeline)
+        if "comm_hook" not in self.options:
+            self.options["algorithm"] = name_of(reducer.algorithm)
+        self._restore(reducer)
 
     @override
     def stop_fitting(self) -> None:
@@ -150,19 +137,3 @@ class ManualAllReduceStrategy(CollectiveStrategy):
             reducer.load_state_dict(state)
         except ValueError as error:
             rank_zero_warn(f"the checkpoint's state of communication starts anew: {error}")
-
-
-def _bucket_mib(given: float | str) -> float | str:
-    if given == "auto":
-        return given
-    try:
-        size = float(given)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < float("inf"):
-        raise UserError(f"--trainer.strategy.bucket_mib must be > 0 MiB or auto, got {given!r}")
-    return size
-
-
-def _hook_name(hook: str | Callable[..., Any]) -> str:
-    return hook if isinstance(hook, str) else f"{getattr(hook, '__module__', '')}.{getattr(hook, '__qualname__', hook)}"

@@ -302,8 +302,8 @@ def test_a_compiled_module_trains_as_under_ddp() -> None:
     ("options", "text"),
     [
         ({"algorithm": "bogus"}, "algorithm must be one of auto, .*native.*, got 'bogus'"),
-        ({"bucket_mib": 0}, "bucket_mib must be > 0 MiB or 'auto', got 0"),
-        ({"bucket_mib": "many"}, "bucket_mib must be > 0 MiB or 'auto', got 'many'"),
+        ({"bucket_mib": 0}, "bucket_mib must be > 0 MiB or auto, got 0"),
+        ({"bucket_mib": "many"}, "bucket_mib must be > 0 MiB or auto, got 'many'"),
         ({"start_timeout_s": 0}, "start_timeout_s must be > 0 seconds, got 0"),
         ({"step_timeout_s": -1}, "step_timeout_s must be > 0 seconds, got -1"),
         ({"process_group_backend": "mpi"}, "process_group_backend must be gloo or nccl, got 'mpi'"),

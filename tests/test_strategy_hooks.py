@@ -159,7 +159,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "text"), BAD_OPTIONS)
 def test_what_cannot_work_is_said_before_the_first_step(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(RankFailed, match=f"UserError: --trainer.strategy manual_allreduce: .*{text}"):
+    with pytest.raises(RankFailed, match=f"UserError: strategy manual_allreduce: .*{text}"):
         run_distributed(_options_after_fit, 2, options)
 
 
