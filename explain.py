@@ -9,9 +9,12 @@ import torch
 from .comm.diagnosis import explain_timeout, is_lost_peer, is_timeout
 from .comm.hooks import BadHook
 from .comm.server import ServerFailed, WorkerFailed
+from .comm.shared_memory import SharedMemoryError
 from .errors import UserError
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator", re.IGNORECASE)
+
+_PLAIN = (UserError, BadHook, SharedMemoryError, WorkerFailed, ServerFailed)
 
 TIMEOUT_REMEDY = (
     "--trainer.strategy.step_timeout_s SECONDS raises the limit (under ddp: --trainer.strategy.timeout HH:MM:SS)"
@@ -31,7 +34,7 @@ def is_consequence(error: BaseException) -> bool:
 
 def _plain(error: BaseException | None) -> BaseException | None:
     """The error worded for people that ``error`` is or was raised from: the argument parser wraps some."""
-    while error is not None and not isinstance(error, (UserError, BadHook, WorkerFailed, ServerFailed)):
+    while error is not None and not isinstance(error, _PLAIN):
         error = error.__cause__ or error.__context__
     return error
 

@@ -70,10 +70,12 @@ def make_reducer(
         log: Takes what was chosen, on rank 0.
 
     Raises:
+        ValueError: ``bucket_mib`` is no size.
         AlgorithmUnavailable: the algorithm cannot run here.
         BadHook: there is no such hook, or it cannot work here.
         SharedMemoryError: there is too little memory for shared buckets.
     """
+    check_bucket_mib(bucket_mib)
     named = list(named_parameters)
     groups = [_new_group(timeout_s), _new_group(timeout_s, backend="gloo")]
     say = log if dist.get_rank() == 0 else lambda text: None
@@ -90,6 +92,13 @@ def make_reducer(
         tuner=BucketTuner(groups[1], say) if bucket_mib == AUTO else None,
         own_groups=groups,
     )
+
+
+def check_bucket_mib(given: float | str) -> None:
+    """Raises ValueError unless ``given`` is a size in MiB, or ``auto``."""
+    is_size = isinstance(given, (int, float)) and 0 < given < float("inf")
+    if not is_size and given != AUTO:
+        raise ValueError(f"bucket_mib must be > 0 MiB or {AUTO}, got {given!r}")
 
 
 def _averaging(
@@ -124,7 +133,7 @@ def _on_all_ranks(make: Callable[[], Algorithm], groups: list[dist.ProcessGroup]
     made, failure = None, None
     try:
         made = make()
-    except (AlgorithmUnavailable, BadHook) as error:
+    except Exception as error:
         failure = error
     texts = all_gather_bytes(str(failure or "").encode(), groups[1])
     if not any(texts):

@@ -60,6 +60,9 @@ class _Launched:
 class GradientReducer:
     """Replaces ``p.grad`` by its average over all ranks at the end of every backward pass.
 
+    ``p.grad`` is then a view of a bucket, which the next pass overwrites (as under DDP with
+    ``gradient_as_bucket_view=True``): clone what is to last longer.
+
     Every rank holds the same parameters in the same order and calls the same methods in the same order.
 
     The first synchronizing pass uses one bucket per dtype; from the second on buckets follow the order in which
@@ -108,6 +111,7 @@ class GradientReducer:
         self._pending: list[_Launched] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.buckets: list[Bucket] = []
+        self._queue: list[Bucket] = []
         self._slots: dict[Tensor, _Slot] = {}
         self._build()
 
@@ -129,14 +133,15 @@ class GradientReducer:
 
     def _lay_out(self, layout: list[list[Tensor]]) -> None:
         dirty = {p for p, slot in self._slots.items() if slot.dirty}
+        self._remove_hooks()
         self.algorithm.release([bucket.buffer() for bucket in self.buckets])
+        self.buckets, self._slots, self._queue = [], {}, []  # before there are new ones: memory for one layout will do
         self.buckets = make_buckets(layout, self.algorithm.allocate([BufferSpec.of(run) for run in layout]))
         self._slots = {
             p: _Slot(p, bucket, view, dirty=p in dirty)
             for bucket in self.buckets
             for p, view in zip(bucket.parameters(), bucket.views, strict=True)
         }
-        self._remove_hooks()
         self._handles = [  # not earlier: torch refuses hooks on frozen parameters
             p.register_post_accumulate_grad_hook(partial(self._on_gradient, slot)) for p, slot in self._slots.items()
         ]
@@ -152,6 +157,7 @@ class GradientReducer:
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -226,9 +232,19 @@ class GradientReducer:
             slot.collected = False
             self._missing[slot.bucket.index()] += slot.parameter.requires_grad
         self._queue = [bucket for bucket in self.buckets if self._missing[bucket.index()]]
+        self._clear_frozen()
         self._next = 0
         self._pending.clear()
         self._in_pass = True
+
+    @torch.no_grad()
+    def _clear_frozen(self) -> None:
+        """A parameter that is frozen now shares its bucket with others: what it left there must not travel again."""
+        for slot in self._slots.values():
+            if not slot.parameter.requires_grad and self._missing[slot.bucket.index()]:
+                if slot.parameter.grad is slot.view:
+                    slot.parameter.grad = slot.view.clone()
+                slot.view.zero_()
 
     def _on_gradient(self, slot: _Slot, parameter: Tensor) -> None:
         gradient = parameter.grad

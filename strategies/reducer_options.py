@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..comm.algorithms import ALGORITHMS, AlgorithmUnavailable
 from ..comm.algorithms.choice import AUTO
-from ..comm.engine import make_reducer
+from ..comm.engine import check_bucket_mib, make_reducer
 from ..comm.hooks import BadHook
 from ..comm.reducer import GradientReducer
 from ..comm.shared_memory import SharedMemoryError
@@ -39,9 +39,10 @@ class ReducerOptions:
         if self.algorithm not in (AUTO, *ALGORITHMS):
             names = ", ".join([AUTO, *ALGORITHMS])
             raise UserError(f"{self.flag}algorithm must be one of {names}, got {self.algorithm!r}")
-        is_size = isinstance(self.bucket_mib, (int, float)) and 0 < self.bucket_mib < float("inf")
-        if not is_size and self.bucket_mib != AUTO:
-            raise UserError(f"{self.flag}bucket_mib must be > 0 MiB or {AUTO}, got {self.bucket_mib!r}")
+        try:
+            check_bucket_mib(self.bucket_mib)
+        except ValueError as error:
+            raise UserError(f"{self.flag}{error}") from error
         check_seconds(f"{self.flag}step_timeout_s", self.step_timeout_s)
 
     @property

@@ -249,7 +249,7 @@ def _use_hook(rank: int, hook: Any, state: Any) -> Any:
     [
         (wrong_shape, None, r"communication hook wrong_shape must give a tensor of shape \(\d+,\), got shape"),
         (no_future, None, r"communication hook no_future must return a torch.futures.Future, got Tensor"),
-        ("nonsense", None, "'nonsense' cannot be imported"),
+        ("nonsense", None, "there is no communication hook 'nonsense'"),
         ("torch.nonsense.hook", None, "'torch.nonsense.hook' cannot be imported"),
         ("bf16", {"share": 0.1}, "communication hook bf16_compress_hook takes no options, got share"),
         ("top_k", {"shares": 0.1}, "state of communication hook top_k_hook: .*shares"),

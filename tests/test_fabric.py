@@ -337,7 +337,7 @@ def _set_up(rank: int, options: dict[str, Any], num_models: int = 1, width: int 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([{"comm_hook": "nonsense"}], "strategy manual_allreduce: 'nonsense' cannot be imported"),
+        ([{"comm_hook": "nonsense"}], "strategy manual_allreduce: there is no communication hook 'nonsense'"),
         ([{"comm_hook": "bf16", "algorithm": "ring"}], "leave out algorithm 'ring'"),
         ([{"algorithm": "hierarchical"}], "all ranks are on one host"),
         ([{}, 1, 4], "ranks hold different models: rank 0 has 'weight'"),

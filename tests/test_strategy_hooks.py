@@ -145,7 +145,13 @@ def test_auto_says_what_it_chose() -> None:
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"algorithm": "hierarchical"}, "hierarchical cannot run here: all ranks are on one host; shared_memory and"),
-    ({"comm_hook": "nope"}, "'nope' cannot be imported .* or one of fp16, bf16"),
+    ({"comm_hook": "nope"}, "there is no communication hook 'nope': give one of fp16, bf16"),
+    ({"comm_hook": "no.such.hook"}, "'no.such.hook' cannot be imported: No module named 'no'"),
+    ({"comm_hook": "bf16_wrapper"}, r"'bf16_wrapper' wraps a hook: write bf16_wrapper\(hook\)"),
+    ({"comm_hook": "int8(bf16)"}, "'int8\\(bf16\\)': int8_hook does not wrap hooks"),
+    ({"comm_hook": "os.getpid"}, "'os.getpid' cannot be called with \\(state, bucket\\)"),
+    ({"comm_hook": "top_k", "comm_state": {"class_path": 5}}, "'5' cannot be imported"),
+    ({"comm_hook": "top_k", "comm_state": {"share": "lots"}}, "share must be > 0 and <= 1, got lots"),
     ({"comm_hook": "top_k", "comm_state": {"share": 2}}, "share must be > 0 and <= 1, got 2"),
     ({"comm_hook": "bf16", "comm_state": {"share": 2}}, "bf16_compress_hook takes no options, got share"),
     ({"comm_hook": "int8", "algorithm": "ring"}, "a comm_hook does the communication itself"),
@@ -195,6 +201,33 @@ def test_too_little_shared_memory_is_an_error_on_all_ranks() -> None:
     first, second = run_distributed(_too_little_memory, 2)
     assert first == second
     assert "MiB of shared memory" in first
+
+
+def _freeze_one_of_two(rank: int, options: dict[str, Any]) -> Any:
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    reducer = reducer_for(model, **options)
+    last = torch.empty(0)
+    for step in range(12):
+        if step == 4:
+            last = model[0].weight.grad.clone()
+            model[0].requires_grad_(False)
+        model[1].weight.grad = model[1].bias.grad = None
+        with reducer.backward_pass():
+            (1000 * model(torch.full((2, 8), rank + 1.0))).sum().backward()
+    view = next(slot.view for p, slot in reducer._slots.items() if p is model[0].weight)
+    num_nonzero = model[1].weight.grad.count_nonzero().item()
+    return num_nonzero, view.abs().max().item(), torch.equal(model[0].weight.grad, last)
+
+
+@pytest.mark.parametrize("options", [{"algorithm": "native"}, {"algorithm": "shared_memory"}, HOOKS["top_k"]])
+def test_what_is_frozen_in_mid_run_no_longer_travels(options: dict[str, Any]) -> None:
+    """Its last gradient lies in a bucket with others: summed again in each step, it would grow and crowd them out."""
+    for num_nonzero, travelling, keeps_its_gradient in run_distributed(_freeze_one_of_two, 2, options):
+        assert num_nonzero > 0
+        assert travelling == 0 or "comm_hook" in options  # which still sends what it held back, and no more
+        assert keeps_its_gradient
 
 
 def _bytes(rank: int, options: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..agreement import all_gather_bytes
 from ..hosts import hosts_of
 from ..shared_memory import HostGroup, SharedMemoryError
-from ..shared_memory.segment import available_bytes
+from ..shared_memory.room import available_bytes
 from .algorithm import Algorithm
 from .backend import NaiveAllReduce, NativeAllReduce
 from .halving_doubling import HalvingDoublingAllReduce

@@ -28,6 +28,8 @@ HOOKS: dict[str, Any] = {
 }
 """Short names. ``bf16_wrapper(powersgd)`` applies a wrapper to a hook."""
 
+_WRAPPERS = (default_hooks.fp16_compress_wrapper, default_hooks.bf16_compress_wrapper)
+
 _STATES: dict[Any, type] = {
     powerSGD_hook.powerSGD_hook: powerSGD_hook.PowerSGDState,
     int8_hook: Int8State,
@@ -60,8 +62,10 @@ def make_hook(
         BadHook: there is no such hook, its state cannot be made, or it cannot work here.
     """
     hook: Any = _find(given) if isinstance(given, str) else given
-    if not callable(hook):
-        raise BadHook(f"communication hook {given!r} is not callable")
+    if hook in _WRAPPERS:
+        raise BadHook(f"{given!r} wraps a hook: write {given}(hook), with one of {', '.join(_plain_names())}")
+    if not _takes_state_and_bucket(hook):
+        raise BadHook(f"communication hook {given!r} cannot be called with (state, bucket)")
     inner = unwrapped(hook)
     name = getattr(inner, "__name__", str(inner))
     if name in _BROKEN_ON_GLOO and "gloo" in dist.get_backend(group):
@@ -71,18 +75,39 @@ def make_hook(
 
 def _find(text: str) -> Any:
     if match := _WRAPPED.match(text):
-        return _find(match[1])(_find(match[2]))
+        return _apply(_find(match[1]), _find(match[2]), text)
     if text in HOOKS:
         return HOOKS[text]
     module, _, name = text.rpartition(".")
-    return _import(module, name, text, f"or one of {', '.join(HOOKS)}")
+    if not module:
+        raise BadHook(f"there is no communication hook {text!r}: give one of {', '.join(HOOKS)}, or a dotted path")
+    return _import(module, name, text)
 
 
-def _import(module: str, name: str, text: str, alternative: str) -> Any:
+def _apply(wrapper: Any, hook: Any, text: str) -> Any:
+    try:
+        return wrapper(hook)
+    except TypeError as error:
+        raise BadHook(f"{text!r}: {getattr(wrapper, '__name__', wrapper)} does not wrap hooks ({error})") from error
+
+
+def _plain_names() -> list[str]:
+    return [name for name, hook in HOOKS.items() if hook not in _WRAPPERS]
+
+
+def _takes_state_and_bucket(hook: Any) -> bool:
+    try:
+        inspect.signature(hook).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _import(module: str, name: str, text: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise BadHook(f"{text!r} cannot be imported ({error}): give a dotted path {alternative}") from error
+        raise BadHook(f"{text!r} cannot be imported: {error}") from error
 
 
 def _make_state(hook: Any, name: str, state: Any, context: dict[str, Any]) -> Any:
@@ -90,8 +115,9 @@ def _make_state(hook: Any, name: str, state: Any, context: dict[str, Any]) -> An
         return state
     options = dict(state or {})
     if "class_path" in options:
-        module, _, cls_name = options["class_path"].rpartition(".")
-        cls = _import(module, cls_name, options["class_path"], "for the state's class")
+        class_path = str(options["class_path"])
+        module, _, cls_name = class_path.rpartition(".")
+        cls = _import(module, cls_name, class_path)
         options = dict(options.get("init_args") or {})
     else:
         cls = _STATES.get(hook)

@@ -37,7 +37,7 @@ class TopKState(CompressionState):
         error_feedback: bool = True,
         named_parameters: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
-        if not 0 < share <= 1:
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"share must be > 0 and <= 1, got {share}")
         super().__init__(process_group, error_feedback, named_parameters)
         self.share = share

@@ -9,11 +9,12 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
+
+from .room import available_bytes
 
 _TOKEN_BYTES = 16
 _BYTES_PER_MIB = 1024 * 1024
@@ -98,18 +99,6 @@ class Segment:
         """1-D view of the ``numel`` elements from byte ``start`` behind the header."""
         start += self.HEADER_BYTES
         return self._bytes[start : start + numel * dtype.itemsize].view(dtype)
-
-
-def available_bytes() -> int:
-    """Memory that can still be taken: of the machine, or of this process's control group if that has less."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    room = int(lines["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        return room if limit == "max" else min(room, int(limit) - used)
-    except (OSError, ValueError):  # no control group of the second kind
-        return room
 
 
 def _too_little(num_bytes: int, reason: str) -> str:
