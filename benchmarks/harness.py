@@ -243,6 +243,37 @@ def allocator() -> str:
     return " ".join(["glibc"] + [f"{k}={os.environ[k]}" for k in sorted(variables)]) if variables else "glibc default"
 
 
+def conclude(
+    benchmark: str,
+    arguments: argparse.Namespace,
+    environment: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    failed: Mapping[str, str],
+    **settings: Any,
+) -> int:
+    """Print what failed, write ``--json`` if asked for; the exit code."""
+    from gradsync.report import atomic_write_json  # here: arguments are checked before torch is loaded
+
+    for name, reason in failed.items():
+        print(f"FAILED: {name}: {reason}", file=sys.stderr)
+    if arguments.json:
+        given = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
+        given |= {"allocator": allocator(), "failed": failed, **settings}
+        result = {"benchmark": benchmark, "settings": given, "environment": environment, "rows": rows}
+        atomic_write_json(arguments.json, result)
+        print(f"Written: {arguments.json}")
+    return 1 if failed else 0
+
+
+def run(main: Callable[[], int]) -> None:
+    """A script's last line: Ctrl-C ends it in one line."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
 def print_table(rows: Summary) -> None:
     """Medians with (min - max); one line per row, one column per metric."""
     metrics = list(dict.fromkeys(metric for values in rows.values() for metric in values))

@@ -118,7 +118,6 @@ def main() -> int:
         print(f"{name}: {text} | {left_s:.0f} s left", flush=True)
 
     from gradsync.callbacks import machine_environment
-    from gradsync.report import atomic_write_json
 
     environment = machine_environment()
     about = (
@@ -129,19 +128,8 @@ def main() -> int:
     print(f"\n{table}")
     if arguments.markdown:
         put_into(arguments.markdown, table)
-    if arguments.json:
-        settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "markdown")}
-        result = {"benchmark": "hooks", "settings": {**settings, "failed": failed}, "environment": environment}
-        atomic_write_json(arguments.json, {**result, "rows": rows})
-        print(f"Written: {arguments.json}")
-    for name, reason in failed.items():
-        print(f"FAILED: {name}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+    return harness.conclude("hooks", arguments, environment, rows, failed)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    harness.run(main)

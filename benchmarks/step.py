@@ -19,7 +19,6 @@ import importlib.util
 import multiprocessing
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +90,6 @@ def main() -> int:
     import training_rows
 
     from gradsync.callbacks import machine_environment
-    from gradsync.report import atomic_write_json
 
     workload = training_rows.Workload(
         arguments.arch, arguments.image_size, arguments.batch_size, arguments.warmup, arguments.steps
@@ -116,20 +114,10 @@ def main() -> int:
         "Load of the machine in the last minute, before and after: {:.1f}, {:.1f}".format(*environment["load_average"])
     )
     print(", ".join(f"{key} {value}" for key, value in environment.items() if key != "load_average"))
-    for name, reason in rounds.failed.items():
-        print(f"FAILED: {name}: {reason}", file=sys.stderr)
-    if arguments.json:
-        settings = {k: v for k, v in vars(arguments).items() if k != "json"}
-        settings |= {"allocator": harness.allocator(), "optimizer": "SGD, momentum 0.9, fused", "failed": rounds.failed}
-        result = {"benchmark": "step", "settings": settings, "environment": environment, "rows": summary}
-        atomic_write_json(arguments.json, result)
-        print(f"Written: {arguments.json}")
-    return 1 if rounds.failed else 0
+    return harness.conclude(
+        "step", arguments, environment, summary, rounds.failed, optimizer="SGD, momentum 0.9, fused"
+    )
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    harness.run(main)

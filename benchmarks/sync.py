@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +115,6 @@ def main() -> int:
 
     import gradsync.comm  # noqa: F401 (for the processes)
     from gradsync.callbacks import machine_environment
-    from gradsync.report import atomic_write_json
 
     parameters = list(torchvision.models.get_model(arguments.arch).parameters())[::-1]
     megabytes = sum(p.nbytes for p in parameters) / 1e6
@@ -132,20 +130,8 @@ def main() -> int:
     harness.print_table(summary)
     print("\nMedian (min - max) over rounds; a ratio is taken within a round, and below 1 is cheaper.")
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    for name, reason in rounds.failed.items():
-        print(f"FAILED: {name}: {reason}", file=sys.stderr)
-    if arguments.json:
-        settings = {k: v for k, v in vars(arguments).items() if k != "json"}
-        settings |= {"allocator": harness.allocator(), "failed": rounds.failed}
-        result = {"benchmark": "sync", "settings": settings, "environment": environment, "rows": summary}
-        atomic_write_json(arguments.json, result)
-        print(f"Written: {arguments.json}")
-    return 1 if rounds.failed else 0
+    return harness.conclude("sync", arguments, environment, summary, rounds.failed)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    harness.run(main)

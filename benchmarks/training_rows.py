@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -99,18 +100,19 @@ class StepClock:
         self._num_steps += 1
         if self._num_steps == self._workload.warmup:
             self._barrier.wait(_BARRIER_TIMEOUT_S)
-            self._start = self._now_ms()
+            self._start = self._now()
         elif self._num_steps == self._workload.total_steps:
-            self._end = self._now_ms()
+            self._end = self._now()
 
-    def _now_ms(self) -> tuple[float, ...]:
+    def _now(self) -> tuple[float, ...]:
         times = os.times()
         server_ms = () if self._server_pid is None else (1000 * cpu_s(self._server_pid),)
-        return (1000 * time.perf_counter(), 1000 * (times.user + times.system), *server_ms)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        return (1000 * time.perf_counter(), 1000 * (times.user + times.system), faults, *server_ms)
 
     def metrics(self) -> dict[str, float]:
         """Per step."""
-        names = ("step_ms", "cpu_ms", "server_cpu_ms")
+        names = ("step_ms", "cpu_ms", "page_faults", "server_cpu_ms")
         spent = [(end - start) / self._workload.steps for start, end in zip(self._start, self._end, strict=True)]
         return dict(zip(names, spent, strict=False))
 

@@ -22,14 +22,18 @@ def _device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
 
 
+def _padded(data: bytes, num_bytes: int, device: torch.device) -> Tensor:
+    """Collectives want the same size on all ranks, and more than nothing."""
+    return torch.frombuffer(bytearray(data.ljust(max(1, num_bytes), b"\0")), dtype=torch.uint8).to(device)
+
+
 def all_gather_bytes(data: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
     """Every rank's ``data``, in rank order. Blocks; called on all ranks of ``group``. Nothing is unpickled."""
     device = _device(group)
     world_size = dist.get_world_size(group)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device), group=group)
-    longest = max(int(size) for size in sizes)
-    padded = torch.frombuffer(bytearray(data.ljust(max(1, longest), b"\0")), dtype=torch.uint8).to(device)
+    padded = _padded(data, max(int(size) for size in sizes), device)
     rows = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(rows, padded, group=group)
     return [row[: int(size)].cpu().numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
@@ -40,9 +44,7 @@ def gather_trees(tree: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     description, payload = pack_tree(tree)
     mine = json.dumps([description, len(payload)]).encode()
     descriptions = [json.loads(data) for data in all_gather_bytes(mine, group)]
-    longest = max(size for _, size in descriptions)
-    device = _device(group)
-    padded = torch.frombuffer(bytearray(payload.ljust(max(1, longest), b"\0")), dtype=torch.uint8).to(device)
+    padded = _padded(payload, max(size for _, size in descriptions), _device(group))
     is_first = dist.get_rank(group) == 0
     rows = [torch.empty_like(padded) for _ in descriptions] if is_first else None
     dist.gather(padded, rows, group=group, group_dst=0)

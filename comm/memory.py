@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed, for the rest of the process; False without glibc or where the user has tuned it.
 
     When gradients are copied into buckets and freed during the backward pass, nothing holds the top of the heap any
-    more: glibc gives the freed activations back to the kernel, and every forward pass faults them in again (measured
-    with ResNet50 at 64 px, batch 8: 13,800 page faults a step, 6 to 12 % of its time, under DDP as well).
+    more: glibc gives the freed activations back to the kernel, and every forward pass faults them in again, under DDP
+    too: benchmarks/step.py shows page faults per step, and DDP with this setting in the row ddp_keeping_memory.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return False

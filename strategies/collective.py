@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
@@ -19,7 +17,6 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
@@ -29,7 +26,7 @@ from ..comm.memory import keep_freed_memory
 from ..comm.timeline import Timeline
 from ..errors import UserError
 from .control_plane import ControlPlane, GroupControlPlane, LocalControlPlane
-from .rendezvous import connect_store, roll_call
+from .rendezvous import connect_store, roll_call, start_default_group
 
 
 class CollectiveStrategy(ParallelStrategy):
@@ -131,8 +128,7 @@ class CollectiveStrategy(ParallelStrategy):
         if environment is not None:
             environment.set_global_rank(self.node_rank * self.num_processes + environment.local_rank())
             environment.set_world_size(self.num_nodes * self.num_processes)
-        for decorator in (rank_zero_only, utils_rank_zero_only):  # one as Lightning, one as its utilities import it
-            setattr(decorator, "rank", self.global_rank)  # noqa: B010 (a function attribute)
+        setattr(rank_zero_only, "rank", self.global_rank)  # noqa: B010 (a function attribute)
 
     @override
     def _configure_launcher(self) -> None:
@@ -162,16 +158,9 @@ class CollectiveStrategy(ParallelStrategy):
 
     def join_group(self) -> None:
         """Wait for the other training processes and form the default group with them."""
-        rank, size, backend = self.global_rank, self.world_size, self.process_group_backend
+        rank, size = self.global_rank, self.world_size
         roll_call(self._store, rank, size, self.start_timeout)
-        if not dist.is_initialized():
-            device = self.root_device if self.root_device.type != "cpu" else None
-            store = dist.PrefixStore("default group", self._shared)
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=self.step_timeout, device_id=device
-            )
-            if backend == "nccl":
-                atexit.register(dist.destroy_process_group)  # or torch warns at exit
+        start_default_group(self._shared, self.process_group_backend, rank, size, self.step_timeout, self.root_device)
         self.control = GroupControlPlane(self.root_device)
 
     @override

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.strategies import ParallelStrategy
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
@@ -18,7 +16,6 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
-from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -30,7 +27,7 @@ from ..comm.reducer import GradientReducer
 from ..errors import UserError
 from .control_plane import ControlPlane, GroupControlPlane, LocalControlPlane
 from .reducer_options import ReducerOptions, check_seconds
-from .rendezvous import connect_store, roll_call
+from .rendezvous import connect_store, roll_call, start_default_group
 
 
 @final
@@ -107,8 +104,7 @@ class FabricManualAllReduceStrategy(ParallelStrategy):
         assert environment is not None
         environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         environment.set_world_size(self.num_nodes * self.num_processes)
-        for decorator in (rank_zero_only, utils_rank_zero_only):  # as Fabric, and as its utilities import it
-            setattr(decorator, "rank", self.global_rank)  # noqa: B010 (a function attribute)
+        setattr(rank_zero_only, "rank", self.global_rank)  # noqa: B010 (a function attribute)
 
     @override
     def _configure_launcher(self) -> None:
@@ -127,22 +123,9 @@ class FabricManualAllReduceStrategy(ParallelStrategy):
         address, port, rank = environment.main_address, environment.main_port, self.global_rank
         shared, store = connect_store(address, port, rank, self._start_timeout)
         roll_call(store, rank, self.world_size, self._start_timeout)
-        if not dist.is_initialized():
-            self._start_default_group(dist.PrefixStore("default group", shared))
+        timeout = timedelta(seconds=self._options.step_timeout_s)
+        start_default_group(shared, self.process_group_backend, rank, self.world_size, timeout, self.root_device)
         self.control = GroupControlPlane(self.root_device)
-
-    def _start_default_group(self, store: dist.Store) -> None:
-        backend = self.process_group_backend
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=self.global_rank,
-            world_size=self.world_size,
-            timeout=timedelta(seconds=self._options.step_timeout_s),
-            device_id=self.root_device if self.root_device.type != "cpu" else None,
-        )
-        if backend == "nccl":
-            atexit.register(dist.destroy_process_group)  # or torch warns at exit
 
     @override
     def module_to_device(self, module: nn.Module) -> None:

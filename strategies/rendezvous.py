@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -10,6 +11,7 @@ import socket
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ..errors import UserError
@@ -73,6 +75,27 @@ def roll_call(store: dist.Store, rank: int, world_size: int, timeout: timedelta)
             f"rank(s) {late} did not arrive within {timeout.total_seconds():g} s of rank {rank}; "
             "--trainer.strategy.start_timeout_s raises the limit"
         ) from error
+
+
+def start_default_group(
+    shared: dist.Store, backend: str, rank: int, world_size: int, timeout: timedelta, device: torch.device
+) -> None:
+    """Form torch's default process group with the other ranks, unless this process has one already. Blocks.
+
+    ``shared``: the store of all runs, see :func:`connect_store`.
+    """
+    if dist.is_initialized():
+        return
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("default group", shared),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if device.type != "cpu" else None,
+    )
+    if backend == "nccl":
+        atexit.register(dist.destroy_process_group)  # or torch warns at exit
 
 
 def _listen(port: int) -> int:

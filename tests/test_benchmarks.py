@@ -71,7 +71,7 @@ def test_step_measures_every_row(tmp_path: Path) -> None:
     for name, metrics in result["rows"].items():
         served = {"server_cpu_ms"} if name in ("parameter_server", "naive") else set()
         ratios = {"ratio_to_ddp", "ratio_to_no_communication"}
-        assert metrics.keys() == {"images_per_s", "step_ms", "cpu_ms"} | ratios | served
+        assert metrics.keys() == {"images_per_s", "step_ms", "cpu_ms", "page_faults"} | ratios | served
         for spread in metrics.values():
             assert spread.keys() == {"median", "min", "max"}
             assert 0 <= spread["min"] <= spread["median"] <= spread["max"]

@@ -217,7 +217,7 @@ def test_only_leaders_of_hosts_cross_the_network() -> None:
 
 def _refuse_one_host(rank: int) -> str:
     group = _join(rank, 2)
-    with pytest.raises(ValueError, match="at least two hosts") as refused:
+    with pytest.raises(ValueError, match="all ranks are on one host") as refused:
         HierarchicalAllReduce(group)
     with pytest.raises(ValueError, match="host of each of 2 ranks, got 1"):
         HierarchicalAllReduce(group, ["a"])
@@ -225,7 +225,7 @@ def _refuse_one_host(rank: int) -> str:
 
 
 def test_hierarchical_names_what_would_do_on_one_host() -> None:
-    text = "hierarchical needs ranks on at least two hosts, all 2 are on one: use shared_memory or native"
+    text = "algorithm hierarchical cannot run here: all ranks are on one host; shared_memory and native would"
     assert run_distributed(_refuse_one_host, 2) == [text] * 2
 
 

@@ -1,8 +1,8 @@
 """Ways to average gradients over ranks, by name."""
 
-from .algorithm import Algorithm, BackgroundAlgorithm, BlockingAlgorithm
+from .algorithm import Algorithm, AlgorithmUnavailable, BackgroundAlgorithm, BlockingAlgorithm
 from .backend import NaiveAllReduce, NativeAllReduce
-from .choice import ALGORITHMS, AlgorithmUnavailable, make_algorithm, name_of
+from .choice import ALGORITHMS, make_algorithm, name_of
 from .halving_doubling import HalvingDoublingAllReduce
 from .hierarchical import HierarchicalAllReduce
 from .ring import RingAllReduce

@@ -17,6 +17,10 @@ from typing_extensions import override
 from ..buckets import Bucket, BufferSpec
 
 
+class AlgorithmUnavailable(ValueError):
+    """The algorithm that was asked for cannot run here; the text says why, and which would."""
+
+
 class Algorithm(ABC):
     """Averages buckets over the ranks of ``group``. Its methods are called on all ranks in the same order.
 

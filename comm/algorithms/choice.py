@@ -8,10 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..agreement import all_gather_bytes
-from ..hosts import hosts_of
 from ..shared_memory import HostGroup, SharedMemoryError
 from ..shared_memory.room import available_bytes
-from .algorithm import Algorithm
+from .algorithm import Algorithm, AlgorithmUnavailable
 from .backend import NaiveAllReduce, NativeAllReduce
 from .halving_doubling import HalvingDoublingAllReduce
 from .hierarchical import HierarchicalAllReduce
@@ -35,10 +34,6 @@ def name_of(algorithm: Algorithm) -> str:
     return next((name for name, cls in ALGORITHMS.items() if type(algorithm) is cls), type(algorithm).__name__)
 
 
-class AlgorithmUnavailable(ValueError):
-    """The algorithm that was asked for cannot run here; the text says why, and which would."""
-
-
 def make_algorithm(
     name: str, group: dist.ProcessGroup, tensors: Sequence[Tensor], timeout_s: float
 ) -> tuple[Algorithm, str]:
@@ -59,10 +54,6 @@ def make_algorithm(
         reason = obstacle or f"all {dist.get_world_size(group)} ranks are on one host, gradients on the CPU"
     elif name == "shared_memory" and (obstacle := _obstacle_to_sharing(group, tensors)):
         raise AlgorithmUnavailable(f"algorithm shared_memory cannot run here: {obstacle}; native and ring would")
-    elif name == "hierarchical" and len(set(hosts_of(group))) == 1:
-        raise AlgorithmUnavailable(
-            "algorithm hierarchical cannot run here: all ranks are on one host; shared_memory and native would"
-        )
     if name == "shared_memory":
         return SharedMemoryAllReduce(group, timeout_s), reason
     return ALGORITHMS[name](group), reason
@@ -72,14 +63,11 @@ def _obstacle_to_sharing(group: dist.ProcessGroup, tensors: Sequence[Tensor]) ->
     """Why the ranks cannot sum in shared memory, None if they can; the same on all ranks."""
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "gradients are not on the CPU"
-    world_size = dist.get_world_size(group)
-    if len(set(hosts_of(group))) > 1:
-        return "the ranks are not all on one host"
     try:
         HostGroup(group, 0, timeout_s=1.0).close()
     except SharedMemoryError as error:
         return str(error)
-    needed = world_size * sum(tensor.nbytes for tensor in tensors)
+    needed = dist.get_world_size(group) * sum(tensor.nbytes for tensor in tensors)
     available = min(int(text) for text in all_gather_bytes(str(available_bytes()).encode(), group))
     if needed > available:
         return f"{needed / 2**20:.0f} MiB of shared memory are needed, {available / 2**20:.0f} MiB are available"

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from ..hosts import hosts_of
+from .algorithm import AlgorithmUnavailable
 from .exchange import NOTHING, Message, PlannedAllReduce, Step
 from .ring import ring_steps
 
@@ -35,7 +36,7 @@ class HierarchicalAllReduce(PlannedAllReduce):
         hosts: Every rank's host, in rank order; the same on all ranks. By default :func:`hosts_of` the group.
 
     Raises:
-        ValueError: all ranks are on one host.
+        AlgorithmUnavailable: all ranks are on one host.
     """
 
     def __init__(self, group: dist.ProcessGroup, hosts: list[str] | None = None) -> None:
@@ -44,9 +45,8 @@ class HierarchicalAllReduce(PlannedAllReduce):
         if len(hosts) != self.world_size:
             raise ValueError(f"hosts must name the host of each of {self.world_size} ranks, got {len(hosts)}: {hosts}")
         if len(set(hosts)) == 1:
-            raise ValueError(
-                f"hierarchical needs ranks on at least two hosts, all {len(hosts)} are on one: "
-                "use shared_memory or native"
+            raise AlgorithmUnavailable(
+                "algorithm hierarchical cannot run here: all ranks are on one host; shared_memory and native would"
             )
         members = {host: [rank for rank, other in enumerate(hosts) if other == host] for host in hosts}
         self._leaders = [ranks[0] for ranks in members.values()]
