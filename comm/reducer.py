@@ -207,7 +207,7 @@ class GradientReducer:
         self.algorithm.load_state_dict(state["algorithm"])
 
     def close(self) -> None:
-        """Remove the hooks and release the algorithm, waiting for nobody. Gradients stay as they are."""
+        """Remove the hooks and release the algorithm, waiting for no peer. Gradients stay as they are."""
         self._remove_hooks()
         self.algorithm.close()
         # after a failed pass a collective may still wait for a peer, and destroying its group would wait with it

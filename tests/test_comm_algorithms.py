@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -324,9 +325,6 @@ def _count_segments(rank: int) -> list[int]:
     _sum_all(algorithm, buckets)
     counts.append(len(_own_segments()))
     algorithm.close()
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and thread.daemon:
-            thread.join(5)
     del algorithm, buckets
     return [*counts, len(_own_segments())]
 
@@ -334,6 +332,19 @@ def _count_segments(rank: int) -> list[int]:
 def test_shared_memory_is_given_back_when_a_layout_or_the_algorithm_goes() -> None:
     per_layout = 2 * 3  # a mapping of every rank, and the file behind it
     assert run_distributed(_count_segments, 3) == [[0, per_layout, per_layout, 0]] * 3
+
+
+def _end_threads(rank: int) -> list[str]:
+    sys.setswitchinterval(10)  # s: a thread gets the GIL when this one waits, not before
+    algorithm, _ = _share(_join(rank, 2))
+    assert [thread.name for thread in threading.enumerate()] == ["MainThread", "gradsync all-reduce"]
+    algorithm.close()
+    return [thread.name for thread in threading.enumerate()]
+
+
+def test_closing_ends_the_thread() -> None:
+    """One that gives tensors back while Python exits makes it abort: "terminate called without an active exception"."""
+    assert run_distributed(_end_threads, 2) == [["MainThread"]] * 2
 
 
 def _allocate_too_much(rank: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,10 +63,13 @@ class Algorithm(ABC):
         assert not state, "an algorithm that has a state loads it"
 
     def close(self) -> None:  # noqa: B027 (most have nothing to give back)
-        """Give back what the algorithm holds, waiting for nobody."""
+        """Give back what the algorithm holds; waits for no peer, at most a second."""
 
 
 Job = tuple[Bucket, "Future[Tensor]"]
+
+_END_S = 1.0
+"""How long the thread's end is waited for: one that waits for a lost peer inside the backend is left to itself."""
 
 
 class BackgroundAlgorithm(Algorithm):
@@ -78,7 +82,7 @@ class BackgroundAlgorithm(Algorithm):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._end: weakref.finalize[..., BackgroundAlgorithm] | None = None
 
     @abstractmethod
     def work(self, jobs: queue.SimpleQueue[Job | None]) -> None:
@@ -87,10 +91,12 @@ class BackgroundAlgorithm(Algorithm):
     @override
     def start(self, bucket: Bucket) -> Future[Tensor]:
         future: Future[Tensor] = Future()
-        if self._thread is None:
+        if self._end is None:
             # a daemon: when a peer is lost nobody can call it back from the backend
-            self._thread = threading.Thread(target=self._work, name="gradsync all-reduce", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="gradsync all-reduce", daemon=True)
+            thread.start()
+            # also when the interpreter exits: it aborts if a thread is just then giving tensors back
+            self._end = weakref.finalize(self, _end, self._jobs, thread)
         self._jobs.put((bucket, future))
         return future
 
@@ -112,7 +118,13 @@ class BackgroundAlgorithm(Algorithm):
 
     @override
     def close(self) -> None:
-        self._jobs.put(None)
+        if self._end is not None:
+            self._end()
+
+
+def _end(jobs: queue.SimpleQueue[Job | None], thread: threading.Thread) -> None:
+    jobs.put(None)
+    thread.join(_END_S)
 
 
 class BlockingAlgorithm(BackgroundAlgorithm):

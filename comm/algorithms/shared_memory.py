@@ -129,9 +129,9 @@ class SharedMemoryAllReduce(BackgroundAlgorithm):
 
     @override
     def close(self) -> None:
-        super().close()
         for shared in self._shared.values():
-            shared.ranks.close()
+            shared.ranks.close()  # first: the thread may be waiting for a peer there
+        super().close()
 
 
 def _sum_into_all(terms: list[Tensor]) -> None:
