@@ -73,31 +73,81 @@ class Process:
 
 
 def run_processes(function: Callable[[Process], Any], size: int, timeout_s: float) -> list[Any]:
-    """Call `function` in `size` processes forked from this one; return their results (JSON values) in order.
+    """Call `function` in `size` processes, see :class:`Processes`; their results (JSON values) in order.
+
+    Raises: RowFailed, see :meth:`Processes.results`.
+    """
+    processes = Processes(function, size)
+    try:
+        return processes.results(timeout_s)
+    finally:
+        processes.end()
+
+
+@final
+class Processes:
+    """`size` processes forked from this one, each calling `function`. None of them outlives this one.
 
     This process should have loaded all that they need, and run no threads. They find themselves in an environment
-    as torchrun would make it. None of them outlives the call, nor this process.
-    Raises: RowFailed with the output of whoever failed first, or if not all have ended after `timeout_s` seconds.
+    as torchrun would make it.
     """
-    from gradsync.processes import make_private_folder  # here: arguments are checked before torch is loaded
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids: list[int] = []
-    sys.stdout.flush()
-    folder = make_private_folder("benchmark")  # also removes what a killed run left
-    try:
+    def __init__(self, function: Callable[[Process], Any], size: int) -> None:
+        from gradsync.processes import make_private_folder  # here: arguments are checked before torch is loaded
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._pids: list[int] = []
+        self._failed: dict[int, int] = {}
+        sys.stdout.flush()
+        self._folder = make_private_folder("benchmark")  # also removes what a killed run left
         for index in range(size):
             parent, pid = os.getpid(), os.fork()
             if pid == 0:
-                _be_process(function, Process(index, size, tuple(pids)), port, folder, parent)
-            pids.append(pid)
-        _wait_for(pids, timeout_s, folder)
-        return [json.loads((folder / f"result_{index}").read_text()) for index in range(size)]
-    finally:
-        _end(pids)
-        shutil.rmtree(folder, ignore_errors=True)
+                _be_process(function, Process(index, size, tuple(self._pids)), port, self._folder, parent)
+            self._pids.append(pid)
+        self._running = dict(enumerate(self._pids))
+
+    def one_has_failed(self) -> bool:
+        """Blocks for nobody."""
+        for index, pid in list(self._running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del self._running[index]
+                if status != 0:
+                    self._failed[index] = os.waitstatus_to_exitcode(status)
+        return bool(self._failed)
+
+    def results(self, timeout_s: float) -> list[Any]:
+        """What `function` returned in each process (JSON values); blocks until all have ended.
+
+        Raises: RowFailed with the output of whoever failed first, or if not all have ended after `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self._running and time.monotonic() < deadline:
+            had_failed = bool(self._failed)
+            if self.one_has_failed() and not had_failed:
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+            time.sleep(0.01)
+        for index, exit_code in self._failed.items():
+            lines = (self._folder / f"output_{index}").read_text(errors="replace").splitlines()
+            shown = "".join(f"\n    {line}" for line in lines[-_OUTPUT_LINES_SHOWN:])
+            raise RowFailed(f"process {index} of {len(self._pids)} ended with exit code {exit_code}{shown}")
+        if self._running:
+            raise RowFailed(f"process(es) {', '.join(map(str, self._running))} did not end within {timeout_s:g} s")
+        return [json.loads((self._folder / f"result_{index}").read_text()) for index in range(len(self._pids))]
+
+    def end(self) -> None:
+        """Kill whoever is left."""
+        for pid in self._pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # if it had no time yet to make its group
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _be_process(function: Callable[[Process], Any], process: Process, port: int, folder: Path, parent: int) -> None:
@@ -126,43 +176,27 @@ def _be_process(function: Callable[[Process], Any], process: Process, port: int,
         os._exit(code)  # the interpreter's own end takes seconds with torch loaded
 
 
-def _wait_for(pids: list[int], timeout_s: float, folder: Path) -> None:
-    """Until all have ended well."""
-    running = dict(enumerate(pids))
-    failed: dict[int, int] = {}
-    deadline = time.monotonic() + timeout_s
-    while running and time.monotonic() < deadline:
-        for index, pid in list(running.items()):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if not ended:
-                continue
-            del running[index]
-            if status != 0:
-                deadline = deadline if failed else min(deadline, time.monotonic() + _GRACE_S)
-                failed[index] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    for index, exit_code in failed.items():
-        lines = (folder / f"output_{index}").read_text(errors="replace").splitlines()
-        shown = "".join(f"\n    {line}" for line in lines[-_OUTPUT_LINES_SHOWN:])
-        raise RowFailed(f"process {index} of {len(pids)} ended with exit code {exit_code}{shown}")
-    if running:
-        raise RowFailed(f"process(es) {', '.join(map(str, running))} did not end within {timeout_s:g} s")
-
-
-def _end(pids: list[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):  # if it had no time yet to make its group
-            os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
-
-
 def cpu_s(pid: int) -> float:
     """Processor time that process `pid` has used so far, all its threads, in seconds (steps of 10 ms)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@final
+class StolenTime:
+    """Share of this machine's processor time that its host gave to others (steal) since this object was made."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def pct(self) -> float:
+        stolen, total = (after - before for before, after in zip(self._before, self._now(), strict=True))
+        return 100 * stolen / max(1, total)
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return ticks[7], sum(ticks)
 
 
 # -- rounds --------------------------------------------------------------------------------------------------

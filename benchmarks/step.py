@@ -2,9 +2,10 @@
 
     python benchmarks/step.py --ranks 2 --image-size 64 --batch-size 8
 
-ResNet50 on random images that are in memory from the start, one thread per process, SGD with momentum. Every row runs
-in fresh processes in every round; rows take turns. The first steps are left out. After the run the replicas must be
-equal on all ranks, or the row has failed.
+ResNet50 on random images that are in memory from the start, one thread per process, SGD with momentum. The processes of
+all rows live side by side and take turns of a few steps, the others asleep: what slows the machine for a while hits all
+rows alike. The first steps, and the first one of every turn, are left out. After the run the replicas must be equal on
+all ranks, or the row has failed.
 
 Rows: a bare loop with PyTorch's DDP (raw_ddp), the same with Accelerate (accelerate), and one and the same Lightning
 loop with Lightning's DDP (ddp), the same in a process that keeps freed memory as gradsync's strategies do
@@ -19,18 +20,24 @@ import importlib.util
 import multiprocessing
 import os
 import statistics
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import harness
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from training_rows import Row, Workload
 
 ROW_NAMES = (
     *("raw_ddp", "accelerate", "ddp", "ddp_keeping_memory", "manual_allreduce"),
     *("parameter_server", "naive", "no_communication"),
 )
+
+_LAST_WORDS_S = 5.0
+"""How long the other processes of a row may go on once one has failed or is late."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,9 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--image-size", type=number, default=64, help="pixels, width and height (%(default)s)")
     parser.add_argument("--batch-size", type=number, default=8, help="images per training process (%(default)s)")
-    parser.add_argument("--rounds", type=number, default=5, help="how often every row is measured (%(default)s)")
-    parser.add_argument("--steps", type=number, default=8, help="steps timed per round and row (%(default)s)")
-    parser.add_argument("--warmup", type=number, default=3, help="steps before them (%(default)s)")
+    parser.add_argument("--rounds", type=number, default=15, help="turns of every row (%(default)s)")
+    parser.add_argument("--steps", type=number, default=3, help="steps timed per turn (%(default)s)")
+    parser.add_argument("--warmup", type=number, default=4, help="steps before the first turn (%(default)s)")
     rows = harness.names_out_of(ROW_NAMES)
     parser.add_argument("--rows", type=rows, default=list(ROW_NAMES), help=f"some of {','.join(ROW_NAMES)} (all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
@@ -57,28 +64,79 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def measure(row: Row, workload: Workload, ranks: int, timeout_s: float, weights: set[str]) -> harness.Metrics:
-    """One row, once, in a group of fresh processes. Adds the weights' fingerprint to `weights`."""
-    barrier = multiprocessing.get_context("fork").Barrier(ranks)
+class LiveRow:
+    """One row in a group of processes that live as long as the benchmark and sleep while it is not their turn."""
 
-    def work(process: harness.Process) -> Any:
-        return row.run(process, workload, barrier)
+    def __init__(self, row: Row, workload: Workload, ranks: int, timeout_s: float) -> None:
+        self._row, self._workload, self._ranks, self._timeout_s = row, workload, ranks, timeout_s
+        self._processes: harness.Processes | None = None
 
-    results = harness.run_processes(work, ranks + row.num_servers, timeout_s)[row.num_servers :]
-    fingerprints = {result["fingerprint"] for result in results}
-    if row.synchronizes and len(fingerprints) > 1:
-        raise harness.RowFailed("the weights differ between ranks after the run: figures of a wrong result are none")
-    if not row.synchronizes and len(fingerprints) < ranks:
-        raise harness.RowFailed("the ranks are to train apart, but some end with the same weights")
-    weights |= fingerprints
-    names = results[0]["metrics"]
-    means = {name: statistics.fmean(result["metrics"][name] for result in results) for name in names}
-    return {"images_per_s": 1000 * ranks * workload.batch_size / means["step_ms"], **means}
+    def turn(self) -> harness.Metrics:
+        """Let it train for one turn; means over ranks. Starts the group if there is none. Raises: RowFailed."""
+        if self._processes is None:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send(None)
+        metrics = [self._receive(pipe) for pipe in self._pipes]
+        means = {name: statistics.fmean(values[name] for values in metrics) for name in metrics[0]}
+        return {"images_per_s": 1000 * self._ranks * self._workload.batch_size / means["step_ms"], **means}
+
+    def _start(self) -> None:
+        """Blocks until the warm-up is over."""
+        pipes = [multiprocessing.Pipe() for _ in range(self._ranks)]
+        self._pipes = [ours for ours, _ in pipes]
+        theirs = [end for _, end in pipes]
+        self._processes = harness.Processes(
+            lambda process: self._row.run(process, self._workload, theirs), self._ranks + self._row.num_servers
+        )
+        for pipe in self._pipes:
+            self._receive(pipe)
+
+    def _receive(self, pipe: Connection) -> Any:
+        assert self._processes is not None
+        deadline = time.monotonic() + self._timeout_s
+        while not pipe.poll(0.2):
+            if self._processes.one_has_failed() or time.monotonic() > deadline:
+                self._processes.results(timeout_s=_LAST_WORDS_S)
+        return pipe.recv()
+
+    def fingerprints(self) -> set[str]:
+        """Of the weights on all ranks after the last turn. Raises: RowFailed if they are not as they should be."""
+        assert self._processes is not None
+        found = set(self._processes.results(self._timeout_s)[self._row.num_servers :])
+        if self._row.synchronizes and len(found) > 1:
+            raise harness.RowFailed(
+                "the weights differ between ranks after the run: figures of a wrong result are none"
+            )
+        if not self._row.synchronizes and len(found) < self._ranks:
+            raise harness.RowFailed("the ranks are to train apart, but some end with the same weights")
+        return found
+
+    def end(self) -> None:
+        if self._processes is not None:
+            self._processes.end()
 
 
-def print_equality(weights: dict[str, set[str]], failed: dict[str, str]) -> None:
+def measure(live: dict[str, LiveRow], num_rounds: int) -> tuple[harness.Rounds, dict[str, set[str]]]:
+    """All rounds, and the fingerprints of the weights of the rows that have not failed."""
+    rounds = harness.Rounds({name: row.turn for name, row in live.items()}, "images_per_s")
+    weights: dict[str, set[str]] = {}
+    try:
+        rounds.run(num_rounds)
+        for name in live.keys() - rounds.failed.keys():
+            try:
+                weights[name] = live[name].fingerprints()
+            except harness.RowFailed as error:
+                rounds.failed[name] = str(error)
+    finally:
+        for row in live.values():
+            row.end()
+    return rounds, weights
+
+
+def print_equality(weights: dict[str, set[str]]) -> None:
     """Which rows train exactly as DDP does; expected of all at 2 ranks, where sums have one order only."""
-    if weights.get("ddp") and "ddp" not in failed:
+    if "ddp" in weights:
         equal = [name for name in weights if name != "ddp" and weights[name] == weights["ddp"]]
         print(f"Weights after the run equal those of ddp to the bit: {', '.join(equal) or 'no other row'}.")
 
@@ -92,28 +150,31 @@ def main() -> int:
     from gradsync.callbacks import machine_environment
 
     workload = training_rows.Workload(
-        arguments.arch, arguments.image_size, arguments.batch_size, arguments.warmup, arguments.steps
+        arguments.arch,
+        arguments.image_size,
+        arguments.batch_size,
+        arguments.warmup,
+        turns=arguments.rounds,
+        steps_per_turn=arguments.steps,
     )
-    weights: dict[str, set[str]] = {name: set() for name in arguments.rows}
-
-    def measurement(name: str) -> Any:
-        row = training_rows.ROWS[name]
-        return lambda: measure(row, workload, arguments.ranks, arguments.timeout_s, weights[name])
-
-    load_before = os.getloadavg()[0]
-    rounds = harness.Rounds({name: measurement(name) for name in arguments.rows}, "images_per_s")
-    rounds.run(arguments.rounds)
+    load_before, stolen = os.getloadavg()[0], harness.StolenTime()
+    live = {
+        name: LiveRow(training_rows.ROWS[name], workload, arguments.ranks, arguments.timeout_s)
+        for name in arguments.rows
+    }
+    rounds, weights = measure(live, arguments.rounds)
     summary = rounds.summary(("ddp", "no_communication"), "images_per_s")
-    environment = {**machine_environment(), "load_average": [load_before, os.getloadavg()[0]]}
+    environment = {**machine_environment(), "load_average_before": load_before, "stolen_pct": stolen.pct()}
 
     print()
     harness.print_table(summary)
     print("\nMedian (min - max) over rounds; a ratio is taken within a round, and above 1 is faster.")
-    print_equality(weights, rounds.failed)
+    print_equality(weights)
     print(
-        "Load of the machine in the last minute, before and after: {:.1f}, {:.1f}".format(*environment["load_average"])
+        f"The machine's load in the minute before was {load_before:.1f}; meanwhile its host gave "
+        f"{environment['stolen_pct']:.1f} % of its processor time to others."
     )
-    print(", ".join(f"{key} {value}" for key, value in environment.items() if key != "load_average"))
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
     return harness.conclude(
         "step", arguments, environment, summary, rounds.failed, optimizer="SGD, momentum 0.9, fused"
     )

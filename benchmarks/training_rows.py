@@ -8,9 +8,9 @@ import resource
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.synchronize import Barrier
+from multiprocessing.connection import Connection
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -33,7 +33,8 @@ from gradsync.strategies import ManualAllReduceStrategy, ParameterServerStrategy
 
 NUM_CLASSES = 1000
 _NUM_BATCHES = 2
-_BARRIER_TIMEOUT_S = 300.0
+_SETTLING_STEPS = 1
+"""At the begin of a turn: caches hold what others did meanwhile."""
 
 
 @final
@@ -45,11 +46,13 @@ class Workload:
     image_size: int
     batch_size: int
     warmup: int
-    steps: int
+    turns: int
+    steps_per_turn: int
+    """Those that are timed."""
 
     @property
     def total_steps(self) -> int:
-        return self.warmup + self.steps
+        return self.warmup + self.turns * (_SETTLING_STEPS + self.steps_per_turn)
 
     def network(self) -> nn.Module:
         """The same weights in every process."""
@@ -84,25 +87,36 @@ def fingerprint(network: nn.Module) -> str:
 
 @final
 class StepClock:
-    """Times the steps after the warm-up. All ranks begin them together, by a barrier that is no part of the row.
+    """Times the steps of every turn, and waits between two turns until it is told to go on.
 
     Args:
+        parent: Takes the metrics of every turn (None of the warm-up) and answers when the next one begins.
         server_pid: A process that trains nothing, whose processor time counts too.
     """
 
-    def __init__(self, workload: Workload, barrier: Barrier, server_pid: int | None) -> None:
+    def __init__(self, workload: Workload, parent: Connection, server_pid: int | None) -> None:
         self._workload = workload
-        self._barrier = barrier
+        self._parent = parent
         self._server_pid = server_pid
         self._num_steps = 0
+        self._before_turn = workload.warmup
+        self._start: tuple[float, ...] = ()
 
     def step_done(self) -> None:
         self._num_steps += 1
-        if self._num_steps == self._workload.warmup:
-            self._barrier.wait(_BARRIER_TIMEOUT_S)
+        in_turn = self._num_steps - self._before_turn
+        if in_turn == 0:
+            self._end_turn(None)
+        elif in_turn == _SETTLING_STEPS:
             self._start = self._now()
-        elif self._num_steps == self._workload.total_steps:
-            self._end = self._now()
+        elif in_turn == _SETTLING_STEPS + self._workload.steps_per_turn:
+            self._before_turn = self._num_steps
+            self._end_turn(self._metrics())
+
+    def _end_turn(self, metrics: dict[str, float] | None) -> None:
+        self._parent.send(metrics)
+        if self._num_steps < self._workload.total_steps:
+            self._parent.recv()
 
     def _now(self) -> tuple[float, ...]:
         times = os.times()
@@ -110,10 +124,12 @@ class StepClock:
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         return (1000 * time.perf_counter(), 1000 * (times.user + times.system), faults, *server_ms)
 
-    def metrics(self) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
         """Per step."""
         names = ("step_ms", "cpu_ms", "page_faults", "server_cpu_ms")
-        spent = [(end - start) / self._workload.steps for start, end in zip(self._start, self._end, strict=True)]
+        spent = [
+            (end - start) / self._workload.steps_per_turn for start, end in zip(self._start, self._now(), strict=True)
+        ]
         return dict(zip(names, spent, strict=False))
 
 
@@ -152,15 +168,19 @@ class Row(ABC):
     synchronizes = True
     """Whether replicas are to be equal on all ranks."""
 
-    def run(self, process: Process, workload: Workload, barrier: Barrier) -> dict[str, Any] | None:
-        """Train in a process of the group; metrics per step and a fingerprint of the weights, None from a server."""
+    def run(self, process: Process, workload: Workload, parents: Sequence[Connection]) -> str | None:
+        """Train in a process of the group; a fingerprint of the weights, None from a server.
+
+        ``parents``: one per training process, see :class:`StepClock`.
+        """
         warnings.filterwarnings("ignore")  # hints of Lightning about loaders and ranks
         torch.set_num_threads(1)
-        is_server = process.index < self.num_servers
-        clock = StepClock(workload, barrier, process.earlier_pids[0] if self.num_servers and not is_server else None)
+        rank = process.index - self.num_servers
+        server_pid = process.earlier_pids[0] if self.num_servers and rank >= 0 else None
+        clock = StepClock(workload, parents[rank], server_pid)
         network = workload.network()
-        self.train(process, workload, network, workload.batches(process.index - self.num_servers), clock)
-        return None if is_server else {"metrics": clock.metrics(), "fingerprint": fingerprint(network)}
+        self.train(process, workload, network, workload.batches(rank), clock)
+        return None if rank < 0 else fingerprint(network)
 
     @abstractmethod
     def train(
