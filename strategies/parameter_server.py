@@ -26,7 +26,7 @@ from .collective import CollectiveStrategy
 from .rendezvous import make_socket_folder, remove_socket_folder
 from .server_launcher import ServerLauncher, ServingDone
 
-_TRANSPORTS = ("ipc", "tcp", "naive")
+_TRANSPORTS = ("auto", "shared_memory", "ipc", "tcp", "naive")
 _BYE_LINGER_MS = 5000
 
 
@@ -39,9 +39,11 @@ class ParameterServerStrategy(CollectiveStrategy):
     With 2 workers the result equals Lightning's DDP with 2 ranks to the bit.
 
     Args:
-        transport: ``ipc`` (ZeroMQ over a Unix socket), ``tcp`` (ZeroMQ over loopback) or ``naive`` (one blocking
-            send and recv per parameter; the baseline).
-        part_mib: Size of a message in MiB: pushing, summing, stepping and pulling overlap part by part.
+        transport: ``shared_memory`` (tensors in memory that all processes map, CPU only), ``ipc`` (ZeroMQ over a
+            Unix socket), ``tcp`` (ZeroMQ over loopback) or ``naive`` (one blocking send and recv per parameter; the
+            baseline). ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
+        part_mib: Size of a part in MiB: pushing, summing, stepping and pulling overlap part by part. By default what
+            was fastest: 16 in shared memory, 4 on sockets.
         server_log_every_n_steps: How often the server prints what it does; 0 for never.
         kwargs: See :class:`CollectiveStrategy`.
     """
@@ -51,12 +53,12 @@ class ParameterServerStrategy(CollectiveStrategy):
     num_servers = 1
 
     def __init__(
-        self, transport: str = "ipc", part_mib: float = 4.0, server_log_every_n_steps: int = 50, **kwargs: Any
+        self, transport: str = "auto", part_mib: float | None = None, server_log_every_n_steps: int = 50, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         if transport not in _TRANSPORTS:
             raise UserError(f"--trainer.strategy.transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
-        if part_mib <= 0:
+        if part_mib is not None and part_mib <= 0:
             raise UserError(f"--trainer.strategy.part_mib must be > 0 MiB, got {part_mib}")
         self.options = {"transport": transport, "part_mib": part_mib}
         self._log_every = server_log_every_n_steps
@@ -107,6 +109,20 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def _configure_launcher(self) -> None:
         self._launcher = ServerLauncher(self, self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @property
+    def _part_mib(self) -> float:
+        return self.options["part_mib"] or (16.0 if self._shares_memory else 4.0)
+
+    @property
+    def _shares_memory(self) -> bool:
+        on_cpu = self.root_device.type == "cpu"
+        if self.options["transport"] == "shared_memory" and not on_cpu:
+            raise UserError(
+                "--trainer.strategy.transport shared_memory needs parameters on the CPU: use ipc, or "
+                "--trainer.accelerator cpu"
+            )
+        return self.options["transport"] == "shared_memory" or (self.options["transport"] == "auto" and on_cpu)
 
     # -- connecting ------------------------------------------------------------------------------------------
 
@@ -193,9 +209,10 @@ class ParameterServerStrategy(CollectiveStrategy):
             named_parameters,
             self.global_rank,
             self.step_timeout.total_seconds(),
-            self.options["part_mib"],
+            self._part_mib,
             self.timeline,
             self._naive,
+            self.num_processes if self._shares_memory else None,
         )
         client.start()
         return client
@@ -256,10 +273,11 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._named_parameters(),
             self.world_size,
             self.step_timeout.total_seconds(),
-            self.options["part_mib"],
+            self._part_mib,
             self._watch,
             self._report,
             self._naive,
+            self._shares_memory,
         )
         self._farewell = server.serve()
         server.release()

@@ -44,7 +44,7 @@ def test_known_names_and_class_paths_pass(name: str) -> None:
 
 def test_an_unknown_strategy_lists_ours_and_lightnings() -> None:
     with pytest.raises(
-        UserError, match=r"unknown .*'bytes_ps': gradsync has manual_allreduce, parameter_server; .*ddp"
+        UserError, match=r"unknown .*'bytes_ps': gradsync has manual_allreduce, parameter_server, sharded_server; .*ddp"
     ):
         check_name("bytes_ps")
 
@@ -55,7 +55,12 @@ def test_an_unknown_strategy_lists_ours_and_lightnings() -> None:
         ("manual_allreduce", "bucket_mib", "-1", "bucket_mib must be > 0 MiB or auto, got -1"),
         ("manual_allreduce", "algorithm", "magic", "algorithm must be one of auto, naive, .* got 'magic'"),
         ("manual_allreduce", "process_group_backend", "mpi", "must be gloo or nccl, got 'mpi'"),
-        ("parameter_server", "transport", "pigeon", "transport must be one of ipc, tcp, naive, got 'pigeon'"),
+        (
+            "parameter_server",
+            "transport",
+            "pigeon",
+            "transport must be one of auto, shared_memory, .* got 'pigeon'",
+        ),
         ("parameter_server", "part_mib", "0", "part_mib must be > 0 MiB"),
         ("parameter_server", "step_timeout_s", "0", "step_timeout_s must be > 0 seconds"),
     ],

@@ -171,7 +171,10 @@ def test_only_optimizers_that_may_be_stepped_in_pieces_are() -> None:
 class _World:
     """A server thread and worker clients over ``inproc://``."""
 
-    def __init__(self, num_workers: int, server_named: Any = None, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, num_workers: int, server_named: Any = None, timeout_s: float = 5.0, shared: bool = False
+    ) -> None:
+        self.shared = shared
         self.context: zmq.Context[Any] = zmq.Context()
         self.server_named = server_named or _named()
         self.error: BaseException | None = None
@@ -187,7 +190,8 @@ class _World:
         optimizers = [_sgd(self.server_named)]
         tables = [self.server_named]
         server = ParameterServer(
-            self.socket, optimizers, tables, self.num_workers, self.timeout_s, 0.001, lambda: None, lambda _: None
+            *(self.socket, optimizers, tables, self.num_workers, self.timeout_s, 0.001, lambda: None, lambda _: None),
+            shared=self.shared,
         )
         try:
             server.serve()
@@ -199,7 +203,8 @@ class _World:
         socket.routing_id = str(rank).encode()
         socket.connect("inproc://server")
         self.sockets.append(socket)
-        return WorkerClient(socket, [named], rank, self.timeout_s, 0.001, Timeline())
+        sharing = self.num_workers + 1 if self.shared else None
+        return WorkerClient(socket, [named], rank, self.timeout_s, 0.001, Timeline(), num_sharing=sharing)
 
     def start_two(self) -> tuple[list[Any], list[WorkerClient]]:
         """Two workers that have been welcomed, and their parameters."""
@@ -220,9 +225,9 @@ class _World:
         self.context.term()
 
 
-@pytest.fixture
-def one_worker() -> Iterator[_World]:
-    world = _World(1)
+@pytest.fixture(params=[False, True], ids=["socket", "shared"])
+def one_worker(request: pytest.FixtureRequest) -> Iterator[_World]:
+    world = _World(1, shared=request.param)
     yield world
     world.close()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from ..buckets import Bucket
+from ..buckets import Bucket, BufferSpec
 from ..packing import tensor_from
 from .layout import Layout
 from .naive import NaivePeers
@@ -47,14 +47,25 @@ class Aggregator:
         optimizer: Steps the server's parameters; they are moved into flat memory, from which replies go out.
         parameters: Its parameters in order, as both sides know them.
         num_workers: The divisor, also for workers without a gradient (as DDP).
+        are_scaled: Workers have divided their gradients already.
         part_mib: Size of a message in MiB.
+        allocate: Makes the memory that the parameters move to.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: list[Tensor], num_workers: int, part_mib: float) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: list[Tensor],
+        num_workers: int,
+        part_mib: float,
+        allocate: Callable[[list[BufferSpec]], list[Tensor]] | None = None,
+        are_scaled: bool = False,
+    ) -> None:
         self.optimizer = optimizer
         self.layout = Layout(parameters, part_mib)
-        self._values = Layout(parameters, part_mib)
+        self._values = Layout(parameters, part_mib, allocate)
         self._num_workers = num_workers
+        self._scale = 1.0 if are_scaled else 1.0 / num_workers
         with torch.no_grad():
             for bucket in self._values.buckets:
                 for parameter, view in zip(bucket.parameters(), bucket.views, strict=True):
@@ -164,7 +175,6 @@ class Aggregator:
         """Average every part of ``bucket`` for which all pushes are here."""
         start_ns = time.perf_counter_ns()
         pushers = self._pushers(bucket)
-        scale = 1.0 / self._num_workers
         if not pushers:
             self._open[bucket.index()] = 0
         for part, (start, end) in enumerate(self.layout.parts(bucket)):
@@ -172,15 +182,20 @@ class Aggregator:
             if not pushers or len(frames) < len(pushers):
                 continue
             out = bucket.buffer()[start:end]
-            for number, worker in enumerate(pushers):
-                pushed = tensor_from(frames[worker], out.dtype).to(out.device)
-                if number == 0:
-                    torch.mul(pushed, scale, out=out)
-                else:
-                    out.add_(pushed, alpha=scale)
+            self._sum([tensor_from(frames[worker], out.dtype).to(out.device) for worker in pushers], out)
             del self._frames[bucket.index(), part]
             self._open[bucket.index()] -= 1
         self.reduce_ms += (time.perf_counter_ns() - start_ns) / 1e6
+
+    def _sum(self, terms: list[Tensor], out: Tensor) -> None:
+        """``out`` becomes the scaled sum of ``terms``, in their order."""
+        first, *others = terms
+        if others and self._scale == 1.0:
+            torch.add(first, others.pop(0), out=out)
+        else:
+            torch.mul(first, self._scale, out=out)
+        for term in others:
+            out.add_(term, alpha=self._scale)
 
     def _flags(self, bucket: Bucket) -> list[bool]:
         """Per parameter of ``bucket``: whether any worker used it."""

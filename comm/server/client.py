@@ -9,12 +9,13 @@ import torch
 import zmq
 from torch import Tensor
 
-from ..buckets import Bucket, view_like
+from ..buckets import Bucket, make_buckets, view_like
 from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
 from ..timeline import Timeline
 from .layout import Layout, flat_alias
 from .naive import NaivePeers
 from .protocol import Kind, Message, ProtocolError, table_of
+from .shared_buckets import SharedBuffers, attach
 
 _GRACE_S = 5.0
 """A worker waits this much longer than the server, which knows better whom to blame."""
@@ -36,6 +37,11 @@ class WorkerClient:
         part_mib: Message size in MiB, as the server's.
         timeline: Where the spans go.
         naive: Moves gradients and parameters instead of the socket, if given.
+        num_sharing: If given, tensors go through memory that so many processes of this host share, one of which is
+            the server.
+
+    Raises:
+        SharedMemoryError: there is too little memory for that.
     """
 
     def __init__(
@@ -47,10 +53,18 @@ class WorkerClient:
         part_mib: float,
         timeline: Timeline,
         naive: NaivePeers | None = None,
+        num_sharing: int | None = None,
     ) -> None:
         self._socket = socket
         self._named = named_parameters
-        self._layouts = [Layout([p for _, p in named], part_mib) for named in named_parameters]
+        self._shared = [SharedBuffers(num_sharing) for _ in named_parameters] if num_sharing else None
+        allocators = [s.allocate for s in self._shared] if self._shared else [None] * len(named_parameters)
+        self._layouts = [
+            Layout([p for _, p in named], part_mib, allocate)
+            for named, allocate in zip(named_parameters, allocators, strict=True)
+        ]
+        self._values: list[list[Bucket]] = []
+        self._scale = 1.0 / (num_sharing - 1) if num_sharing else 1.0
         self._rank = rank
         self._timeout_s = timeout_s + _GRACE_S
         self._timeline = timeline
@@ -58,13 +72,23 @@ class WorkerClient:
 
     def start(self) -> None:
         """Phases *hello* and *init*: agree on the model; rank 0 sends the values to start from."""
-        self._send(Message(Kind.HELLO, info={"tables": [table_of(named) for named in self._named]}))
-        self._expect(Kind.WELCOME)
+        memory = [shared.handle() for shared in self._shared] if self._shared else None
+        self._send(Message(Kind.HELLO, info={"tables": [table_of(named) for named in self._named], "memory": memory}))
         if self._rank == 0:
             for number, layout in enumerate(self._layouts):
                 for bucket, part, start, end in layout.all_parts():
-                    payload = self._payload(bucket, bucket.parameters(), start, end)
+                    payload = self._payload(bucket, bucket.parameters(), start, end, scale=1.0)
                     self._send(Message(Kind.INIT, number, bucket.index(), part, payload=payload))
+        self._attach(self._expect(Kind.WELCOME).info)
+
+    def _attach(self, memory: list[dict[str, Any]] | None) -> None:
+        """Map the server's parameters."""
+        if not self._shared:
+            return
+        for layout, shared, handle in zip(self._layouts, self._shared, memory or [], strict=True):
+            shared.seal()
+            runs = [bucket.parameters() for bucket in layout.buckets]
+            self._values.append(make_buckets(runs, attach(handle, layout.specs)))
 
     def step(self, number: int, groups: list[dict[str, Any]], clip: dict[str, Any]) -> None:
         """Phase *step* for optimizer ``number``: on return its parameters are the new ones.
@@ -162,24 +186,27 @@ class WorkerClient:
         for bucket, part, start, end in self._layouts[number].all_parts():
             if any(used[bucket.index()]):
                 gradients = [p.grad for p in bucket.parameters()]
-                payload = self._payload(bucket, gradients, start, end)
+                payload = self._payload(bucket, gradients, start, end, self._scale)
                 self._send(Message(Kind.PUSH, number, bucket.index(), part, payload=payload))
-                num_bytes += len(payload)
+                num_bytes += (end - start) * bucket.buffer().element_size()
         return num_bytes
 
-    @staticmethod
     @torch.no_grad()
-    def _payload(bucket: Bucket, tensors: list[Any], start: int, end: int) -> memoryview:
+    def _payload(self, bucket: Bucket, tensors: list[Any], start: int, end: int, scale: float) -> memoryview | None:
         """Bytes of part ``[start, end)`` of ``tensors`` (None: zeros) in the bucket's order.
 
-        A lone tensor is sent from where it lives: nothing changes it before the server has answered.
+        None if they are, scaled, in shared memory now. Else a lone tensor is sent from where it lives: nothing
+        changes it before the server has answered.
         """
-        if len(tensors) == 1 and (flat := flat_alias(tensors[0], bucket.parameters()[0])) is not None:
+        flat = flat_alias(tensors[0], bucket.parameters()[0]) if len(tensors) == 1 else None
+        if flat is not None and not self._shared:
             return tensor_bytes(flat[start:end].cpu())
-        if start == 0:
+        if flat is not None:
+            torch.mul(flat[start:end], scale, out=bucket.buffer()[start:end])
+        elif start == 0:
             for view, tensor in zip(bucket.views, tensors, strict=True):
-                view.zero_() if tensor is None else view.copy_(tensor)
-        return tensor_bytes(bucket.buffer()[start:end].cpu())
+                view.zero_() if tensor is None else torch.mul(tensor, scale, out=view)
+        return None if self._shared else tensor_bytes(bucket.buffer()[start:end].cpu())
 
     def _pull(self, number: int) -> tuple[int, int, dict[str, float]]:
         """Take new parameters until *done*: (time of the first reply in ns, bytes, the server's times)."""
@@ -191,15 +218,32 @@ class WorkerClient:
                 return first_ns, num_bytes, message.info
             if message.kind != Kind.PULL or message.optimizer != number:
                 raise ProtocolError(f"expected PULL from the server, got {message.kind.name}")
-            if len(message.payload):
-                self._store(number, message)
-                num_bytes += len(message.payload)
+            num_bytes += self._store(number, message)
 
     @torch.no_grad()
-    def _store(self, number: int, message: Message) -> None:
+    def _store(self, number: int, message: Message) -> int:
+        """Take over the new parameters of one part; returns its bytes."""
         layout = self._layouts[number]
         bucket = layout.buckets[message.bucket]
         start, end = layout.parts(bucket)[message.part]
+        if self._shared:
+            self._copy(bucket, self._values[number][message.bucket], start, end)
+        else:
+            self._unpack(bucket, message, start, end)
+        return (end - start) * bucket.buffer().element_size()
+
+    @staticmethod
+    def _copy(bucket: Bucket, values: Bucket, start: int, end: int) -> None:
+        parameters = bucket.parameters()
+        flat = flat_alias(parameters[0], parameters[0]) if len(parameters) == 1 else None
+        if flat is not None:
+            flat[start:end].copy_(values.buffer()[start:end])
+            return
+        for parameter, view in zip(parameters, values.views, strict=True):
+            parameter.copy_(view)
+
+    @staticmethod
+    def _unpack(bucket: Bucket, message: Message, start: int, end: int) -> None:
         values = tensor_from(message.payload, bucket.buffer().dtype)
         if len(values) != end - start:
             raise ProtocolError(f"server sent {len(values)} values for bucket {message.bucket}, expected {end - start}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import final
 
 from torch import Tensor
 
-from ..buckets import BYTES_PER_MIB, Bucket, bounded_layout, is_dense, make_buckets
+from ..buckets import BYTES_PER_MIB, Bucket, BufferSpec, bounded_layout, is_dense, make_buckets
 
 
 @final
@@ -16,13 +16,23 @@ class Layout:
 
     A bucket is stepped as a whole. A tensor larger than a part has a bucket of its own and travels in several
     parts, unless its memory has gaps; a bucket of several tensors is always one part.
+
+    Args:
+        allocate: Makes the buckets' memory; by default it is this process's own.
     """
 
-    def __init__(self, parameters: list[Tensor], part_mib: float) -> None:
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        part_mib: float,
+        allocate: Callable[[list[BufferSpec]], list[Tensor]] | None = None,
+    ) -> None:
         # The last layer's gradients come first out of the backward pass, and DDP's order is the same.
         self._part_bytes = int(part_mib * BYTES_PER_MIB)
         trainable = [p for p in reversed(parameters) if p.requires_grad]
-        self.buckets = make_buckets(bounded_layout(trainable, self._part_bytes))
+        runs = bounded_layout(trainable, self._part_bytes)
+        self.specs = [BufferSpec.of(run) for run in runs]
+        self.buckets = make_buckets(runs, allocate(self.specs) if allocate else None)
 
     def parts(self, bucket: Bucket) -> list[tuple[int, int]]:
         """Element ranges ``[start, end)`` of the bucket's parts."""

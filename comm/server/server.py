@@ -12,10 +12,12 @@ import zmq
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..buckets import Bucket
 from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
 from .aggregator import Aggregator
 from .naive import NaivePeers
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
+from .shared_buckets import SharedBuffers, attach
 
 _POLL_MS = 200
 
@@ -64,6 +66,10 @@ class ParameterServer:
         watch: Called a few times per second; raises if a worker process is known to have ended.
         on_step: Called after every step with the statistics.
         naive: Moves gradients and parameters instead of the socket, if given.
+        shared: Tensors go through memory shared with the workers, which are on this host.
+
+    Raises:
+        SharedMemoryError: there is too little memory for that.
     """
 
     def __init__(
@@ -77,13 +83,19 @@ class ParameterServer:
         watch: Callable[[], None],
         on_step: Callable[[ServerStatistics], None],
         naive: NaivePeers | None = None,
+        shared: bool = False,
     ) -> None:
         self._socket = socket
         self._tables = [table_of(named) for named in named_parameters]
+        self._shared = [SharedBuffers(num_workers + 1) for _ in optimizers] if shared else None
+        allocators = [s.allocate for s in self._shared] if self._shared else [None] * len(optimizers)
         self._aggregators = [
-            Aggregator(optimizer, [p for _, p in named], num_workers, part_mib)
-            for optimizer, named in zip(optimizers, named_parameters, strict=True)
+            Aggregator(optimizer, [p for _, p in named], num_workers, part_mib, allocate, are_scaled=shared)
+            for optimizer, named, allocate in zip(optimizers, named_parameters, allocators, strict=True)
         ]
+        self._pushed: dict[int, list[list[Tensor]]] = {}
+        """Per worker and optimizer, the shared buffers to which it writes its gradients."""
+        self._init_parts = sum(len(list(a.layout.all_parts())) for a in self._aggregators)
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._watch = watch
@@ -161,20 +173,38 @@ class ParameterServer:
         self._greeted.add(worker)
         if difference is not None:
             raise WorkerFailed(f"worker {worker} trains another model than the server: {difference}")
+        if self._shared:
+            memory = zip(message.info["memory"], self._aggregators, strict=True)
+            self._pushed[worker] = [attach(handle, aggregator.layout.specs) for handle, aggregator in memory]
         self._welcome()
 
     def _init(self, worker: int, message: Message) -> None:
         if worker != 0:
             raise ProtocolError(f"worker {worker} sends initial values, which only worker 0 may")
-        target = self._aggregators[message.optimizer].part(message.bucket, message.part, message.payload)
+        payload = self._payload(worker, message)
+        target = self._aggregators[message.optimizer].part(message.bucket, message.part, payload)
         with torch.no_grad():
-            target.copy_(tensor_from(message.payload, target.dtype))
+            target.copy_(tensor_from(payload, target.dtype))
+        self._init_parts -= 1
+        self._welcome()
 
     def _welcome(self) -> None:
-        """All have greeted: let everybody begin. Worker 0's *init* parts precede its first step in its queue."""
-        if len(self._greeted) == self._num_workers:
+        """All have greeted and the values to start from are here: let everybody begin."""
+        if len(self._greeted) == self._num_workers and self._init_parts == 0:
             self._waiting_since = None
-            self._tell_all(Message(Kind.WELCOME))
+            memory = [shared.handle() for shared in self._shared] if self._shared else None
+            self._tell_all(Message(Kind.WELCOME, info=memory))
+
+    def _payload(self, worker: int, message: Message) -> Any:
+        """The bytes that came with a message, or that it says are in the worker's shared memory."""
+        if not self._shared:
+            return message.payload
+        layout = self._aggregators[message.optimizer].layout
+        try:
+            start, end = layout.parts(layout.buckets[message.bucket])[message.part]
+        except IndexError:
+            raise ProtocolError(f"worker {worker} names bucket {message.bucket} part {message.part}: no such") from None
+        return tensor_bytes(self._pushed[worker][message.optimizer][message.bucket][start:end])
 
     # -- phase: step -----------------------------------------------------------------------------------------
 
@@ -193,26 +223,29 @@ class ParameterServer:
             self._finish_step(message.optimizer)
 
     def _push(self, worker: int, message: Message) -> None:
-        self._aggregators[message.optimizer].add(worker, message.bucket, message.part, message.payload)
+        payload = self._payload(worker, message)
+        self._aggregators[message.optimizer].add(worker, message.bucket, message.part, payload)
         self._pushed_at[worker] = (self._pushed_at[worker][0], time.perf_counter_ns())
-        self.statistics.num_bytes += len(message.payload)
+        self.statistics.num_bytes += len(payload)
         self._advance(message.optimizer, message.bucket)
 
     def _advance(self, number: int, bucket_index: int | None) -> None:
         aggregator = self._aggregators[number]
         for bucket, changed in aggregator.advance(bucket_index):
-            self._answer(number, bucket, changed)
+            if changed:
+                self._answer(number, bucket)
         if aggregator.finished:
             self._finish_step(number)
 
-    def _answer(self, number: int, bucket: Any, changed: bool) -> None:
+    def _answer(self, number: int, bucket: Bucket) -> None:
         aggregator = self._aggregators[number]
         for part, (start, end) in enumerate(aggregator.layout.parts(bucket)):
             # No tracker: workers push the next step only after they have received all of this one.
-            payload = tensor_bytes(aggregator.values(bucket, start, end).cpu()) if changed else None
+            payload = tensor_bytes(aggregator.values(bucket, start, end).cpu())
+            message = Message(Kind.PULL, number, bucket.index(), part, payload=None if self._shared else payload)
             for worker in range(self._num_workers):
-                self._send(worker, Message(Kind.PULL, number, bucket.index(), part, payload=payload))
-                self.statistics.num_bytes += 0 if payload is None else len(payload)
+                self._send(worker, message)
+                self.statistics.num_bytes += len(payload)
 
     def _finish_step(self, number: int) -> None:
         aggregator, stats = self._aggregators[number], self.statistics
@@ -255,6 +288,8 @@ class ParameterServer:
             for group in aggregator.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.data = parameter.data.clone()
+        for shared in self._shared or []:
+            shared.seal()
 
 
 _HANDLERS: dict[Kind, Callable[[ParameterServer, int, Message], None]] = {

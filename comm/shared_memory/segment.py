@@ -35,10 +35,11 @@ class Segment:
         self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)  # keeps the mapping alive as long as its views
 
     @classmethod
-    def create(cls, num_bytes: int, num_makers: int = 1) -> Segment:
+    def create(cls, num_bytes: int, num_makers: int = 1, instead: str = "algorithm native needs none") -> Segment:
         """All of it is allocated now: a page that is missing later would be a bus error.
 
         ``num_makers`` processes of this host do so at the same time: there must be room for all of them.
+        ``instead`` says what to do where there is not.
 
         Raises:
             SharedMemoryError: there is not so much room.
@@ -48,12 +49,12 @@ class Segment:
         try:
             if num_makers * num_bytes > (available := available_bytes()):
                 have = f"{available // _BYTES_PER_MIB} MiB are available to {num_makers} ranks"
-                raise SharedMemoryError(_too_little(num_bytes, have))
+                raise SharedMemoryError(_too_little(num_bytes, have, instead))
             os.posix_fallocate(fd, 0, num_bytes)
             mapping = mmap.mmap(fd, num_bytes)
         except OSError as error:
             os.close(fd)
-            raise SharedMemoryError(_too_little(num_bytes, error.strerror or str(error))) from error
+            raise SharedMemoryError(_too_little(num_bytes, error.strerror or str(error), instead)) from error
         except SharedMemoryError:
             os.close(fd)
             raise
@@ -101,6 +102,6 @@ class Segment:
         return self._bytes[start : start + numel * dtype.itemsize].view(dtype)
 
 
-def _too_little(num_bytes: int, reason: str) -> str:
+def _too_little(num_bytes: int, reason: str, instead: str) -> str:
     needed = f"{num_bytes / _BYTES_PER_MIB:.0f} MiB of shared memory are needed per rank"
-    return f"{needed}: {reason}; algorithm native needs none"
+    return f"{needed}: {reason}; {instead}"
