@@ -4,8 +4,15 @@ Importing the package registers its strategies, so ``Trainer(strategy="manual_al
 """
 
 from .errors import UserError
-from .strategies import STRATEGIES, ManualAllReduceStrategy, ParameterServerStrategy
+from .strategies import STRATEGIES, ManualAllReduceStrategy, ParameterServerStrategy, ShardedServerStrategy
 
 __version__ = "0.1.0"
 
-__all__ = ["STRATEGIES", "ManualAllReduceStrategy", "ParameterServerStrategy", "UserError", "__version__"]
+__all__ = [
+    "STRATEGIES",
+    "ManualAllReduceStrategy",
+    "ParameterServerStrategy",
+    "ShardedServerStrategy",
+    "UserError",
+    "__version__",
+]

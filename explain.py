@@ -9,12 +9,13 @@ import torch
 from .comm.diagnosis import explain_timeout, is_lost_peer, is_timeout
 from .comm.hooks import BadHook
 from .comm.server import ServerFailed, WorkerFailed
+from .comm.sharded import Unshardable
 from .comm.shared_memory import SharedMemoryError
 from .errors import UserError
 
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|DefaultCPUAllocator", re.IGNORECASE)
 
-_PLAIN = (UserError, BadHook, SharedMemoryError, WorkerFailed, ServerFailed)
+_PLAIN = (UserError, BadHook, SharedMemoryError, WorkerFailed, ServerFailed, Unshardable)
 
 TIMEOUT_REMEDY = (
     "--trainer.strategy.step_timeout_s SECONDS raises the limit (under ddp: --trainer.strategy.timeout HH:MM:SS)"

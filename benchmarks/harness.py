@@ -262,6 +262,15 @@ class Rounds:
         }
         return {name: _spread(rounds) for name, rounds in with_ratios.items()}
 
+    def summary_with_ratios(self, baseline: str, metrics: Mapping[str, str]) -> Summary:
+        """As :meth:`summary`, with ``NAME_ratio_to_BASELINE`` for every name and metric in `metrics`."""
+        summary = self.summary()
+        for name, metric in metrics.items():
+            for row, values in self.summary((baseline,), metric).items():
+                if f"ratio_to_{baseline}" in values:
+                    summary[row][f"{name}_ratio_to_{baseline}"] = values[f"ratio_to_{baseline}"]
+        return summary
+
 
 def _spread(rounds: list[Metrics]) -> dict[str, dict[str, float]]:
     values = {metric: [sample[metric] for sample in rounds] for metric in rounds[0]}
@@ -275,6 +284,23 @@ def allocator() -> str:
     """Which memory allocator every row runs with, and what the environment tells it."""
     variables = [k for k in os.environ if k.startswith("MALLOC_") or k in ("LD_PRELOAD", "GLIBC_TUNABLES")]
     return " ".join(["glibc"] + [f"{k}={os.environ[k]}" for k in sorted(variables)]) if variables else "glibc default"
+
+
+def load_line(environment: Mapping[str, Any]) -> str:
+    """How busy the machine was with other things."""
+    return (
+        f"The machine's load in the minute before was {environment['load_average_before']:.1f}; meanwhile its host "
+        f"gave {environment['stolen_pct']:.1f} % of its processor time to others."
+    )
+
+
+def put_into(page: Path, marks: tuple[str, str], table: str) -> None:
+    """Replace what stands between the two marks on `page`. Raises: ValueError if it has none."""
+    before, begin, rest = page.read_text().partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not (begin and end):
+        raise ValueError(f"{page} lacks the lines {marks[0]} and {marks[1]}")
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def conclude(

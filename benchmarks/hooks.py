@@ -30,7 +30,7 @@ HOOKS: dict[str, list[str]] = {
     "int8": ["comm_hook", "int8"],
     "top_k, 1 %": ["comm_hook", "top_k", "comm_state.share", "0.01"],
 }
-_BEGIN, _END = "<!-- hooks table: benchmarks/hooks.py writes it -->", "<!-- end of hooks table -->"
+_MARKS = ("<!-- hooks table: benchmarks/hooks.py writes it -->", "<!-- end of hooks table -->")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -92,15 +92,6 @@ def markdown(rows: dict[str, dict[str, float]], about: str) -> str:
     return "\n".join([*lines, "", about])
 
 
-def put_into(page: Path, table: str) -> None:
-    """Replace what stands between the page's marks. Raises: ValueError if it has none."""
-    before, begin, rest = page.read_text().partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not (begin and end):
-        raise ValueError(f"{page} lacks the lines {_BEGIN} and {_END}")
-    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
-
-
 def main() -> int:
     arguments = parse_arguments()
     rows: dict[str, dict[str, float]] = {}
@@ -127,7 +118,7 @@ def main() -> int:
     table = markdown(rows, about)
     print(f"\n{table}")
     if arguments.markdown:
-        put_into(arguments.markdown, table)
+        harness.put_into(arguments.markdown, _MARKS, table)
     return harness.conclude("hooks", arguments, environment, rows, failed)
 
 

@@ -9,8 +9,8 @@ all ranks, or the row has failed.
 
 Rows: a bare loop with PyTorch's DDP (raw_ddp), the same with Accelerate (accelerate), and one and the same Lightning
 loop with Lightning's DDP (ddp), the same in a process that keeps freed memory as gradsync's strategies do
-(ddp_keeping_memory), with gradsync's strategies (manual_allreduce, parameter_server), with a parameter server as a
-beginner writes it (naive) and without any exchange (no_communication), which is the ceiling.
+(ddp_keeping_memory), with gradsync's strategies (manual_allreduce, sharded_server, parameter_server), with a parameter
+server as a beginner writes it (naive) and without any exchange (no_communication), which is the ceiling.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from training_rows import Row, Workload
 
 ROW_NAMES = (
-    *("raw_ddp", "accelerate", "ddp", "ddp_keeping_memory", "manual_allreduce"),
-    *("parameter_server", "naive", "no_communication"),
+    *("raw_ddp", "accelerate", "ddp", "ddp_keeping_memory", "manual_allreduce", "sharded_server"),
+    *("parameter_server", "parameter_server_tcp", "naive", "no_communication"),
 )
 
 _LAST_WORDS_S = 5.0
@@ -170,10 +170,7 @@ def main() -> int:
     harness.print_table(summary)
     print("\nMedian (min - max) over rounds; a ratio is taken within a round, and above 1 is faster.")
     print_equality(weights)
-    print(
-        f"The machine's load in the minute before was {load_before:.1f}; meanwhile its host gave "
-        f"{environment['stolen_pct']:.1f} % of its processor time to others."
-    )
+    print(harness.load_line(environment))
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
     return harness.conclude(
         "step", arguments, environment, summary, rounds.failed, optimizer="SGD, momentum 0.9, fused"

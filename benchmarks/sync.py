@@ -97,16 +97,6 @@ def _algorithm(name: str, ranks: int) -> Any:
     return ALGORITHMS["native" if name in ("ddp", "flat") else name](group)
 
 
-def with_ratios(rounds: harness.Rounds) -> harness.Summary:
-    """Wall and processor time of every row, and their ratios to DDP's if it was measured."""
-    summary: harness.Summary = {}
-    for metric in ("wall", "cpu"):
-        for name, values in rounds.summary(("ddp",), f"{metric}_ms").items():
-            ratio = {f"{metric}_ratio_to_ddp": values["ratio_to_ddp"]} if "ratio_to_ddp" in values else {}
-            summary.setdefault(name, {}).update({f"{metric}_ms": values[f"{metric}_ms"], **ratio})
-    return summary
-
-
 def main() -> int:
     arguments = parse_arguments()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded
@@ -124,7 +114,7 @@ def main() -> int:
 
     rounds = harness.Rounds({name: measurement(name) for name in arguments.rows}, "wall_ms")
     rounds.run(arguments.rounds)
-    summary = with_ratios(rounds)
+    summary = rounds.summary_with_ratios("ddp", {"wall": "wall_ms", "cpu": "cpu_ms"})
     environment = machine_environment()
     print(f"\n{arguments.arch}: {megabytes:.0f} MB of gradients, {arguments.ranks} ranks\n")
     harness.print_table(summary)

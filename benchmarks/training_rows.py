@@ -29,7 +29,7 @@ from typing_extensions import override
 
 from gradsync.callbacks import CommunicationMonitor
 from gradsync.comm.memory import keep_freed_memory
-from gradsync.strategies import ManualAllReduceStrategy, ParameterServerStrategy
+from gradsync.strategies import ManualAllReduceStrategy, ParameterServerStrategy, ShardedServerStrategy
 
 NUM_CLASSES = 1000
 _NUM_BATCHES = 2
@@ -281,7 +281,9 @@ ROWS: dict[str, Row] = {
     "ddp": LightningLoop(_ddp),
     "ddp_keeping_memory": LightningLoop(_ddp_keeping_memory),
     "manual_allreduce": LightningLoop(ManualAllReduceStrategy),
-    "parameter_server": _parameter_server("ipc"),
+    "sharded_server": LightningLoop(ShardedServerStrategy),
+    "parameter_server": _parameter_server("auto"),
+    "parameter_server_tcp": _parameter_server("tcp"),
     "naive": _parameter_server("naive"),
     "no_communication": LightningLoop(lambda: SingleDeviceStrategy("cpu"), synchronizes=False),
 }

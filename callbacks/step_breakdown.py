@@ -40,6 +40,7 @@ class StepBreakdown:
     push_ms: float | None = None
     pull_ms: float | None = None
     wait_ms: float | None = None
+    staleness: float | None = None
     total_is_upper_bound: bool = False
     num_images: float = 0.0
     """Samples of the step, all ranks together (this rank's times the number of ranks)."""
@@ -65,6 +66,7 @@ class StepBreakdown:
             "comm/push_ms": self.push_ms,
             "comm/pull_ms": self.pull_ms,
             "comm/wait_ms": self.wait_ms,
+            "comm/staleness": self.staleness,
             "time/data_ms": self.data_ms,
             "time/compute_ms": self.compute_ms,
             "time/optimizer_ms": self.optimizer_ms,
@@ -86,6 +88,7 @@ def break_down(
 
     Exposed communication lies inside the compute phase, or inside the optimizer phase where the strategy
     communicates there (``in_optimizer_step``): then a server steps, and what is left of that phase is `other`.
+    Ranks that step themselves say how much of it lay there (``exposed_in_optimizer_ms``).
     Where the host ran ahead of its device, the phase can be shorter than the wait it contains: the difference is
     taken from `other`, and the wait is never longer than both.
     """
@@ -93,8 +96,11 @@ def break_down(
     left = dict(phases_ms)
     step_ms = sum(left.values())
     home: Phase = "optimizer" if in_optimizer_step else "compute"
-    exposed_ms = min(comm.exposed_ms, left[home] + left["other"])
+    in_own_step_ms = 0.0 if in_optimizer_step else min(comm.exposed_in_optimizer_ms, left["optimizer"])
+    left["optimizer"] -= in_own_step_ms
+    exposed_ms = min(comm.exposed_ms - in_own_step_ms, left[home] + left["other"])
     left[home] -= exposed_ms
+    exposed_ms += in_own_step_ms
     if in_optimizer_step:
         optimizer_ms = max(0.0, min(comm.server_optimizer_ms or 0.0, left["optimizer"]))
         left["other"] += left["optimizer"] - optimizer_ms
@@ -115,6 +121,7 @@ def break_down(
         push_ms=comm.push_ms,
         pull_ms=comm.pull_ms,
         wait_ms=comm.wait_ms,
+        staleness=comm.staleness,
         total_is_upper_bound=comm.total_is_upper_bound,
         num_images=num_images,
     )

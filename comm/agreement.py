@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -54,17 +54,22 @@ def gather_trees(tree: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     ]
 
 
-def check_same_model(named_tensors: Iterable[tuple[str, Tensor]], group: dist.ProcessGroup | None = None) -> None:
-    """Block until all ranks of ``group`` have compared their tensors' names, shapes and dtypes, in order.
+def check_same_model(
+    named_tensors: Iterable[tuple[str, Tensor]], gather: Callable[[bytes], list[bytes]] = all_gather_bytes
+) -> None:
+    """Block until all ranks have compared their tensors' names, shapes and dtypes, in order.
+
+    Args:
+        gather: Gives every rank's bytes in rank order.
 
     Raises:
         ModelMismatch: on every rank alike, naming the first tensor that differs from rank 0's.
     """
     table = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in named_tensors]
     text = json.dumps(table).encode()
-    if len(set(all_gather_bytes(hashlib.sha256(text).digest(), group))) == 1:
+    if len(set(gather(hashlib.sha256(text).digest()))) == 1:
         return
-    tables = [json.loads(data) for data in all_gather_bytes(text, group)]
+    tables = [json.loads(data) for data in gather(text)]
     rank = next(rank for rank, other in enumerate(tables) if other != tables[0])
     raise ModelMismatch(f"ranks hold different models: {_first_difference(tables[0], tables[rank], rank)}")
 

@@ -77,7 +77,7 @@ def make_reducer(
     """
     check_bucket_mib(bucket_mib)
     named = list(named_parameters)
-    groups = [_new_group(timeout_s), _new_group(timeout_s, backend="gloo")]
+    groups = [private_group(timeout_s), private_group(timeout_s, backend="gloo")]
     say = log if dist.get_rank() == 0 else lambda text: None
     chosen = _on_all_ranks(
         lambda: _averaging(algorithm, comm_hook, comm_state, groups[0], named, timeout_s, say), groups
@@ -145,8 +145,8 @@ def _on_all_ranks(make: Callable[[], Algorithm], groups: list[dist.ProcessGroup]
     raise failure or BadHook(f"rank {rank} failed: {texts[rank].decode()}")
 
 
-def _new_group(timeout_s: float, backend: str | None = None) -> dist.ProcessGroup:
-    """Private: on the default group, collectives of others may come in between."""
+def private_group(timeout_s: float, backend: str | None = None) -> dist.ProcessGroup:
+    """All ranks, apart: on the default group, collectives of others may come in between. Blocks."""
     group = dist.new_group(timeout=timedelta(seconds=timeout_s), backend=backend)
     assert isinstance(group, dist.ProcessGroup)
     return group

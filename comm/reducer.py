@@ -79,6 +79,7 @@ class GradientReducer:
         overlap: Reduce during the backward pass (True) or after it (False).
         timeline: Where the spans go.
         tuner: Chooses ``bucket_mib`` in the first steps, if given.
+        fixed_layout: Buckets that stay as they are, of all parameters, instead of those described above.
         own_groups: Destroyed by :meth:`close`.
 
     Raises:
@@ -96,6 +97,7 @@ class GradientReducer:
         timeline: Timeline | None = None,
         tuner: BucketTuner | None = None,
         own_groups: Sequence[dist.ProcessGroup] = (),
+        fixed_layout: Sequence[list[Tensor]] | None = None,
     ) -> None:
         self._names = {p: name for name, p in named_parameters}
         self.algorithm = algorithm
@@ -111,9 +113,17 @@ class GradientReducer:
         self._pending: list[_Launched] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.buckets: list[Bucket] = []
+        self._flags: list[Bucket] = []
         self._queue: list[Bucket] = []
         self._slots: dict[Tensor, _Slot] = {}
-        self._build()
+        if fixed_layout is None:
+            self._build()
+        else:
+            self._ready = {}
+            self._lay_out(fixed_layout)
+            self._order_is_known = True
+        self.num_synchronized = 0
+        """Passes whose gradients are final on all ranks."""
 
     # -- layout ----------------------------------------------------------------------------------------------
 
@@ -131,12 +141,22 @@ class GradientReducer:
         self._lay_out(ddp_layout(self._ready, max_bytes, min(first, max_bytes)))
         self._order_is_known = True
 
-    def _lay_out(self, layout: list[list[Tensor]]) -> None:
+    def _lay_out(self, layout: Sequence[list[Tensor]]) -> None:
         dirty = {p for p, slot in self._slots.items() if slot.dirty}
         self._remove_hooks()
-        self.algorithm.release([bucket.buffer() for bucket in self.buckets])
-        self.buckets, self._slots, self._queue = [], {}, []  # before there are new ones: memory for one layout will do
-        self.buckets = make_buckets(layout, self.algorithm.allocate([BufferSpec.of(run) for run in layout]))
+        self.algorithm.release([bucket.buffer() for bucket in self.buckets + self._flags])
+        self.buckets, self._flags, self._slots, self._queue = (
+            [],
+            [],
+            {},
+            [],
+        )  # before there are new ones: memory for one layout will do
+        specs = [BufferSpec.of(run) for run in layout]
+        if self.algorithm.sums_flags:
+            specs.append(BufferSpec(sum(map(len, layout)), torch.uint8, torch.device("cpu")))
+        buffers = self.algorithm.allocate(specs)
+        self.buckets = make_buckets(layout, buffers[: len(layout)])
+        self._flags = [Bucket(len(layout), [flags], False, flags) for flags in buffers[len(layout) :]]
         self._slots = {
             p: _Slot(p, bucket, view, dirty=p in dirty)
             for bucket in self.buckets
@@ -300,31 +320,39 @@ class GradientReducer:
 
     def _finish(self) -> None:
         self.timeline.gradients_ready()
-        used, control = self._share_used_mask()
-        if not any(slot.dirty for slot in self._slots.values()):
+        mask = torch.tensor([slot.dirty for slot in self._slots.values()], dtype=torch.uint8)
+        control = None if self._flags else self._share_used(mask)
+        if control is not None and not mask.any():
             control.wait()
-            if not used.any():  # the pass was one of another model, on all ranks
+            if not mask.any():  # the pass was one of another model, on all ranks
                 return
         for slot in self._slots.values():
             self._ready.setdefault(slot.parameter)
             if slot.parameter.requires_grad and not slot.collected:
                 self._collect(slot)
         self._launch_ready()
+        if control is None:
+            mask, control = self._sum_flags(mask)
         for launched in self._pending:
             launched.bucket.take(launched.future.wait())
             num_bytes = self.algorithm.num_bytes(launched.bucket)
             self.timeline.add_span(launched.start_ns, launched.ended.wait(), num_bytes)
         self._pending.clear()
         control.wait()
-        self._publish(used)
+        self._publish(mask)
+        self.num_synchronized += 1
         self.timeline.synchronized()
 
-    def _share_used_mask(self) -> tuple[Tensor, dist.Work]:
-        """Start the control all-reduce: 1 for every parameter that some rank used, in the slots' order."""
-        mask = torch.tensor([slot.dirty for slot in self._slots.values()], dtype=torch.uint8)
+    def _share_used(self, mask: Tensor) -> dist.Work:
+        """Start the control all-reduce of ``mask``, in place: 1 for every parameter that some rank used."""
         work = dist.all_reduce(mask, dist.ReduceOp.MAX, group=self._control_group, async_op=True)
         assert work is not None
-        return mask, work
+        return work
+
+    def _sum_flags(self, mask: Tensor) -> tuple[Tensor, Future[Tensor]]:
+        """The same by the algorithm: how many ranks used each parameter. Behind all buckets, as on every rank."""
+        (flags,) = self._flags
+        return flags.buffer().copy_(mask), self.algorithm.start(flags)
 
     def _publish(self, used: Tensor) -> None:
         """Let ``p.grad`` be the averaged view; a parameter that no rank used keeps ``grad=None``."""

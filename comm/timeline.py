@@ -9,6 +9,7 @@ Definitions (the same for every strategy):
 * *exposed*: what training waited for, from the moment the last local gradient was ready to the end of
   gradient synchronization, less the optimizer time that a server spent in between.
 * *overlapped*: total - exposed.
+* *exposed in the optimizer's step*: the part of exposed that lies there, where ranks exchange parameters.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class StepCommunication:
     wait_ms: float | None = None
     server_optimizer_ms: float | None = None
     """Optimizer time on the server inside this step: it is not communication."""
+    staleness: float | None = None
+    """Steps that others took since this rank got the parameters its gradient is for, where that can be."""
+    exposed_in_optimizer_ms: float = 0.0
+    """The part of ``exposed_ms`` for which the optimizer's step on this rank waited, beside its own work."""
     total_is_upper_bound: bool = False
     """True where only the first start and the last end are known, so gaps count as communication."""
 
@@ -79,6 +84,7 @@ class Timeline:
     def _reset(self) -> None:
         self._spans: deque[tuple[int, int]] = deque(maxlen=_MAX_SPANS)
         self._exposed_ns = 0
+        self._in_optimizer_ns = 0
         self._ready_ns: int | None = None
         self._num_bytes = 0
         self._parts: dict[str, float] = {}
@@ -99,9 +105,14 @@ class Timeline:
             self._exposed_ns += time.perf_counter_ns() - self._ready_ns
             self._ready_ns = None
 
-    def add_parts(self, **parts_ms: float) -> None:
-        """Add to the named parts of the step: ``push_ms``, ``pull_ms``, ``wait_ms``, ``server_optimizer_ms``."""
-        for name, value in parts_ms.items():
+    def waited_in_optimizer_step(self, start_ns: int, end_ns: int) -> None:
+        """The optimizer's step waited for communication in between: exposed, but no part of the backward pass."""
+        self._exposed_ns += end_ns - start_ns
+        self._in_optimizer_ns += end_ns - start_ns
+
+    def add_parts(self, **parts: float) -> None:
+        """Add to the named parts of the step: those of :class:`StepCommunication` that may be None."""
+        for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + value
 
     def take_step(self) -> StepCommunication | None:
@@ -118,6 +129,8 @@ class Timeline:
                 pull_ms=self._parts.get("pull_ms"),
                 wait_ms=self._parts.get("wait_ms"),
                 server_optimizer_ms=self._parts.get("server_optimizer_ms"),
+                staleness=self._parts.get("staleness"),
+                exposed_in_optimizer_ms=self._in_optimizer_ns / _NS_PER_MS,
             )
             self._reset()
             return step

@@ -7,9 +7,10 @@ from .collective import CollectiveStrategy
 from .fabric_manual_allreduce import FabricManualAllReduceStrategy
 from .manual_allreduce import ManualAllReduceStrategy
 from .parameter_server import ParameterServerStrategy
+from .sharded_server import ShardedServerStrategy
 
 STRATEGIES: dict[str, type[CollectiveStrategy]] = {
-    cls.strategy_name: cls for cls in (ManualAllReduceStrategy, ParameterServerStrategy)
+    cls.strategy_name: cls for cls in (ManualAllReduceStrategy, ParameterServerStrategy, ShardedServerStrategy)
 }
 
 for _name, _cls in STRATEGIES.items():
@@ -28,4 +29,5 @@ __all__ = [
     "FabricManualAllReduceStrategy",
     "ManualAllReduceStrategy",
     "ParameterServerStrategy",
+    "ShardedServerStrategy",
 ]

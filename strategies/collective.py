@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,10 +18,10 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..comm.agreement import ModelMismatch, check_same_model
-from ..comm.broadcast import broadcast_tensors
 from ..comm.memory import keep_freed_memory
 from ..comm.timeline import Timeline
 from ..errors import UserError
@@ -48,6 +48,8 @@ class CollectiveStrategy(ParallelStrategy):
     is_distributed = True  # or Lightning injects no DistributedSampler and ignores sync_dist
     strategy_name: str
     communicates_in_optimizer_step = False
+    in_lockstep = True
+    """Whether all ranks take part in every step, so that a step may hold collectives."""
 
     def __init__(
         self,
@@ -168,7 +170,7 @@ class CollectiveStrategy(ParallelStrategy):
         self.prepare_model(trainer)
         assert self.model is not None
         self._check_same_model()
-        broadcast_tensors(self._state())
+        self.control.share(self._state())
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self.setup_optimizers(trainer)
@@ -198,7 +200,8 @@ class CollectiveStrategy(ParallelStrategy):
     def _check_same_model(self) -> None:
         assert self.model is not None
         try:
-            check_same_model([*self.model.named_parameters(), *self.model.named_buffers()])
+            named = [*self.model.named_parameters(), *self.model.named_buffers()]
+            check_same_model(named, self.control.all_gather_bytes)
         except ModelMismatch as error:
             raise UserError(str(error)) from error
 
@@ -236,7 +239,8 @@ class CollectiveStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         # As Lightning's DDP, which under manual optimization broadcasts before the first forward only.
         assert self.lightning_module is not None
-        self._share_buffers(due_next=not self._accumulating and self.lightning_module.automatic_optimization)
+        if self.in_lockstep:
+            self._share_buffers(due_next=not self._accumulating and self.lightning_module.automatic_optimization)
         return super().training_step(*args, **kwargs)
 
     @override
@@ -245,11 +249,30 @@ class CollectiveStrategy(ParallelStrategy):
             self._share_buffers(due_next=False)
         return super().validation_step(*args, **kwargs)
 
+    def backward_within(
+        self,
+        synchronizing: AbstractContextManager[None],
+        closure_loss: Tensor,
+        optimizer: Optimizer | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As Lightning's ``backward``, with gradients final between the backward pass and ``post_backward``."""
+        module, plugin = self.lightning_module, self.precision_plugin
+        assert module is not None
+        self.pre_backward(closure_loss)
+        closure_loss = plugin.pre_backward(closure_loss, module)
+        with synchronizing:
+            plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+        closure_loss = plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
     def _share_buffers(self, due_next: bool) -> None:
         """Broadcast rank 0's buffers if a synchronizing training step came before, as DDP's forward does."""
         if self._broadcast_buffers and self._buffers_due:
             assert self.model is not None
-            broadcast_tensors(self.model.buffers())
+            self.control.share(self.model.buffers())
         self._buffers_due = due_next
 
     # -- control plane ---------------------------------------------------------------------------------------

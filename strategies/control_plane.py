@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, final
 
 import torch
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available, _sync_ddp_if_available
 from torch import Tensor
 from typing_extensions import override
+
+from ..comm.agreement import all_gather_bytes
+from ..comm.broadcast import broadcast_tensors
 
 
 class ControlPlane(ABC):
@@ -30,6 +34,14 @@ class ControlPlane(ABC):
     @abstractmethod
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Stack the tensors of all training processes: shape ``(world_size, *tensor.shape)``."""
+
+    @abstractmethod
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every training process's ``data``, in rank order; blocks."""
+
+    @abstractmethod
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every training process rank 0's values, in place; blocks."""
 
 
 @final
@@ -58,6 +70,14 @@ class GroupControlPlane(ControlPlane):
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         return _all_gather_ddp_if_available(tensor, group=group, sync_grads=sync_grads)
 
+    @override
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        return all_gather_bytes(data)
+
+    @override
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        broadcast_tensors(tensors)
+
 
 @final
 class LocalControlPlane(ControlPlane):
@@ -78,3 +98,11 @@ class LocalControlPlane(ControlPlane):
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         return tensor.unsqueeze(0)
+
+    @override
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    @override
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        return

@@ -89,17 +89,8 @@ class ManualAllReduceStrategy(CollectiveStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """As Lightning's, with gradients final between the backward pass and ``post_backward``."""
-        module, plugin = self.lightning_module, self.precision_plugin
-        assert module is not None
         assert self._reducer is not None
-        self.pre_backward(closure_loss)
-        closure_loss = plugin.pre_backward(closure_loss, module)
-        with self._reducer.backward_pass():
-            plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
-        closure_loss = plugin.post_backward(closure_loss, module)
-        self.post_backward(closure_loss)
-        return closure_loss
+        return self.backward_within(self._reducer.backward_pass(), closure_loss, optimizer, *args, **kwargs)
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -19,26 +20,41 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ..comm.server import ParameterServer, RemoteOptimizer, ServerStatistics, WorkerClient, WorkerFailed
+from ..comm.optimizers import is_elementwise
+from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient
 from ..comm.server.naive import NaivePeers
+from ..comm.server.servers_client import name_pieces, pieces_of
+from ..comm.server.shards import Cut, spread
 from ..errors import UserError
 from .collective import CollectiveStrategy
-from .rendezvous import make_socket_folder, remove_socket_folder
+from .metric_sync import MetricSync
+from .rendezvous import make_socket_folder, remove_socket_folder, roll_call
 from .server_launcher import ServerLauncher, ServingDone
+from .server_options import ServerOptions
+from .serving import PROGRESS_KEY, Serving
+from .store_control_plane import StoreControlPlane
 
-_TRANSPORTS = ("auto", "shared_memory", "ipc", "tcp", "naive")
 _BYE_LINGER_MS = 5000
 
 
 @final
 class ParameterServerStrategy(CollectiveStrategy):
-    """Synchronous parameter server on one host: N processes are 1 server and N - 1 workers.
+    """Parameter server on one host: N processes are S servers and N - S workers.
 
-    Lightning's world is the workers: ``trainer.world_size`` is N - 1, ``trainer.is_global_zero`` is true in the
-    first worker. Gradients are averaged, clipped and applied on the server; a worker's ``p.grad`` stays local.
-    With 2 workers the result equals Lightning's DDP with 2 ranks to the bit.
+    Lightning's world is the workers: ``trainer.world_size`` is N - S, ``trainer.is_global_zero`` is true in the
+    first worker. Gradients are clipped and applied on the server; a worker's ``p.grad`` stays local.
+    In mode ``sync`` they are averaged first; with 2 workers the result equals Lightning's DDP with 2 ranks to the bit.
 
     Args:
+        servers: How many processes serve. Each has whole parameters, spread evenly by bytes; one larger than an even
+            share is cut if the optimizer is elementwise.
+        mode: ``sync``: all workers take part in every step. ``async``: each worker's gradient is a step of its own as
+            soon as it arrives, and nobody waits. ``bounded``: the same, but nobody begins a step when it is more than
+            ``staleness`` steps ahead of the slowest worker.
+        staleness: The bound, 4 by default; 0 is mode ``sync``.
+        staleness_correction: Divide the learning rate of a gradient by 1 + the steps that others took meanwhile.
+        record_schedule: A JSON file for the order of workers in which gradients were applied.
+        replay_schedule: Such a file: apply them in this order, so that a run is repeated to the bit.
         transport: ``shared_memory`` (tensors in memory that all processes map, CPU only), ``ipc`` (ZeroMQ over a
             Unix socket), ``tcp`` (ZeroMQ over loopback) or ``naive`` (one blocking send and recv per parameter; the
             baseline). ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
@@ -53,18 +69,32 @@ class ParameterServerStrategy(CollectiveStrategy):
     num_servers = 1
 
     def __init__(
-        self, transport: str = "auto", part_mib: float | None = None, server_log_every_n_steps: int = 50, **kwargs: Any
+        self,
+        transport: str = "auto",
+        part_mib: float | None = None,
+        server_log_every_n_steps: int = 50,
+        servers: int = 1,
+        mode: str = "sync",
+        staleness: int | None = None,
+        staleness_correction: bool = False,
+        record_schedule: str | Path | None = None,
+        replay_schedule: str | Path | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if transport not in _TRANSPORTS:
-            raise UserError(f"--trainer.strategy.transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
-        if part_mib is not None and part_mib <= 0:
-            raise UserError(f"--trainer.strategy.part_mib must be > 0 MiB, got {part_mib}")
-        self.options = {"transport": transport, "part_mib": part_mib}
+        record, replay = (Path(path) if path else None for path in (record_schedule, replay_schedule))
+        self._options = ServerOptions(
+            transport, part_mib, servers, mode, staleness, staleness_correction, record, replay
+        )
+        self.options = self._options.shown()
+        self.num_servers = servers
+        self.in_lockstep = self._options.is_sync
+        self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._endpoint = ""
-        self._client: WorkerClient | None = None
+        self._endpoints: list[str] = []
+        self._cuts: list[list[list[Cut]]] = []
+        self._client: ServersClient | None = None
         self._naive: NaivePeers | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
 
@@ -72,12 +102,12 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     @property
     def process_rank(self) -> int:
-        """Rank among all processes, the server's being 0."""
+        """Rank among all processes, of which the first are the servers."""
         return self.cluster_environment.global_rank() if self.cluster_environment is not None else 0
 
     @property
     def is_server(self) -> bool:
-        return self.process_rank == 0
+        return self.process_rank < self.num_servers
 
     @property
     @override
@@ -87,22 +117,23 @@ class ParameterServerStrategy(CollectiveStrategy):
     @property
     @override
     def global_rank(self) -> int:
-        """Rank among the workers. The server takes the one after the last: rank-zero work is not its own."""
-        return self.world_size if self.is_server else self.process_rank - 1
+        """Rank among the workers. Servers take those after the last: rank-zero work is not their own."""
+        return self.process_rank + (self.world_size if self.is_server else -self.num_servers)
 
     @property
     @override
     def local_rank(self) -> int:
-        return self.world_size if self.is_server else super().local_rank - 1
+        return super().local_rank + (self.world_size if self.is_server else -self.num_servers)
 
     @override
     def set_world_ranks(self) -> None:
         if self.num_nodes > 1:
             raise UserError("--trainer.strategy parameter_server runs on one host so far: set --trainer.num_nodes 1")
-        if self.num_processes < 2:
+        if self.num_processes <= self.num_servers:
             raise UserError(
-                "--trainer.strategy parameter_server needs at least 2 processes (1 server and 1 worker): "
-                f"set --trainer.devices 2 or more, got {self.num_processes}"
+                f"--trainer.strategy parameter_server needs at least {self.num_servers + 1} processes "
+                f"({self.num_servers} server{'s' * (self.num_servers > 1)} and 1 worker): set --trainer.devices "
+                f"{self.num_servers + 1} or more, got {self.num_processes}"
             )
         super().set_world_ranks()
 
@@ -112,7 +143,7 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     @property
     def _part_mib(self) -> float:
-        return self.options["part_mib"] or (16.0 if self._shares_memory else 4.0)
+        return self._options.part_mib or (16.0 if self._shares_memory else 4.0)
 
     @property
     def _shares_memory(self) -> bool:
@@ -131,26 +162,47 @@ class ParameterServerStrategy(CollectiveStrategy):
         """The server binds its socket and hosts the store; the workers form the default group among themselves."""
         self.join_store()
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER if self.is_server else zmq.DEALER)
-        self._socket.set_hwm(0)  # what is under way is bounded by one step; dropping would lose gradients
         if self.is_server:
-            self._socket.router_mandatory = True
-            self._endpoint = self._bind()
-            self._store.set("endpoint", self._endpoint)
+            self._sockets = [self._make_socket(zmq.ROUTER)]
+            self._sockets[0].router_mandatory = True
+            self._endpoints = [self._bind()]
+            self._store.set(f"endpoint {self.process_rank}", self._endpoints[0])
         else:
-            self.join_group()
-            self._endpoint = self._store.get("endpoint").decode()
-            self._socket.routing_id = str(self.global_rank).encode()
-            self._socket.connect(self._endpoint)
+            self.join_workers()
+            self._sockets = [self._make_socket(zmq.DEALER) for _ in range(self.num_servers)]
+            self._endpoints = [self._store.get(f"endpoint {n}").decode() for n in range(self.num_servers)]
+            for socket, endpoint in zip(self._sockets, self._endpoints, strict=True):
+                socket.routing_id = str(self.global_rank).encode()
+                socket.connect(endpoint)
         if self.options["transport"] == "naive":
             peers = dist.PrefixStore("naive", self._store)
             self._naive = NaivePeers(peers, self.process_rank, self.world_size + 1, self.start_timeout)
 
+    def _make_socket(self, kind: int) -> zmq.Socket[bytes]:
+        assert self._context is not None
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)  # what is under way is bounded by one step; dropping would lose gradients
+        return socket
+
+    def join_workers(self) -> None:
+        """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
+        if self.in_lockstep:
+            self.join_group()
+            return
+        roll_call(self._store, self.global_rank, self.world_size, self.start_timeout)
+        store, timeout_s = dist.PrefixStore("workers", self._store), self.step_timeout.total_seconds()
+        control = StoreControlPlane(store, self.global_rank, self.world_size, timeout_s, self._progress)
+        self._metric_sync = MetricSync(control.gather_tensors)
+        self.control = control
+
+    def _progress(self) -> bytes:
+        return self._store.get(PROGRESS_KEY) if self._store.check([PROGRESS_KEY]) else b""
+
     def _bind(self) -> str:
         if self.options["transport"] == "tcp":
-            return f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
+            return f"tcp://127.0.0.1:{self._sockets[0].bind_to_random_port('tcp://127.0.0.1')}"
         endpoint = f"ipc://{make_socket_folder() / 'server'}"
-        self._socket.bind(endpoint)
+        self._sockets[0].bind(endpoint)
         return endpoint
 
     @override
@@ -165,7 +217,7 @@ class ParameterServerStrategy(CollectiveStrategy):
     def _wait_for_key(self, key: str) -> None:
         """Without a limit, as Lightning's own barrier around ``prepare_data``; ends if a worker does."""
         while not self._store.check([key]):
-            self._watch()
+            self._make_serving().watch()
             time.sleep(0.05)
 
     # -- life cycle ------------------------------------------------------------------------------------------
@@ -182,7 +234,16 @@ class ParameterServerStrategy(CollectiveStrategy):
             raise ServingDone
         super().setup(trainer)
         if self._client is None:
-            self._client = self._connect([])
+            self._client = self._connect()
+        if self._metric_sync is not None:
+            assert self.lightning_module is not None
+            self._metric_sync.attach(self.lightning_module)
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        if self._metric_sync is not None:
+            self._metric_sync.detach()
 
     def _refuse_unservable(self) -> None:
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
@@ -203,31 +264,47 @@ class ParameterServerStrategy(CollectiveStrategy):
             for number, optimizer in enumerate(self.optimizers)
         ]
 
-    def _connect(self, named_parameters: list[list[tuple[str, Tensor]]]) -> WorkerClient:
-        client = WorkerClient(
-            self._socket,
-            named_parameters,
-            self.global_rank,
-            self.step_timeout.total_seconds(),
-            self._part_mib,
-            self.timeline,
-            self._naive,
-            self.num_processes if self._shares_memory else None,
-        )
+    def _cut(self) -> list[list[list[Cut]]]:
+        """Per optimizer and server, what it serves: computed alike in every process."""
+        self._cuts = [
+            spread([p for _, p in named], self.num_servers, is_elementwise(optimizer))
+            for optimizer, named in zip(self.optimizers, self._named_parameters(), strict=True)
+        ]
+        return self._cuts
+
+    def _connect(self) -> ServersClient:
+        """To all servers; blocks until they have seen all workers."""
+        named, cuts = self._named_parameters(), self._cut()
+        pieces = [pieces_of(named, cuts, server) for server in range(self.num_servers)]
+        clients = [
+            WorkerClient(
+                socket,
+                name_pieces(named, own),
+                self.global_rank,
+                self.step_timeout.total_seconds(),
+                self._part_mib,
+                self.timeline,
+                self._naive,
+                self.world_size if self._shares_memory else None,
+                self.in_lockstep,
+            )
+            for socket, own in zip(self._sockets, pieces, strict=True)
+        ]
+        client = ServersClient(clients, pieces, cuts, [[p for _, p in own] for own in named], self.timeline)
         client.start()
         return client
 
     @override
     def start_fitting(self) -> None:
         self._refuse_unservable()
-        client = self._client = self._connect(self._named_parameters())
+        client = self._client = self._connect()
         self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
-        # Lightning would clip each worker's own gradient; the average is what has to be clipped.
-        self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
+        if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
+            self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
 
     @override
     def stop_fitting(self) -> None:
-        del self.precision_plugin.clip_gradients
+        vars(self.precision_plugin).pop("clip_gradients", None)
 
     @override
     def accumulate_locally(self) -> Any:
@@ -239,6 +316,24 @@ class ParameterServerStrategy(CollectiveStrategy):
         assert isinstance(inner, RemoteOptimizer)
         if clip_val > 0:
             inner.clip_on_server(str(getattr(algorithm, "value", algorithm)), clip_val)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fitting and self._buffers_due and not self.in_lockstep:
+            self.control.barrier()  # all have ended their epoch: nobody changes the parameters any more
+            self._fetch()
+        return super().validation_step(*args, **kwargs)
+
+    def _fetch(self) -> None:
+        assert self._client is not None
+        self._client.fetch()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: in mid-epoch others may have gone on, so ask the servers."""
+        if self._fitting and not self.in_lockstep:
+            self._fetch()
+        return super().lightning_module_state_dict()
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
@@ -267,39 +362,23 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.setup_precision_plugin()
             _optimizers_to_device(self.optimizers, self.root_device)
         self._refuse_unservable()
-        server = ParameterServer(
-            self._socket,
-            self.optimizers,
-            self._named_parameters(),
-            self.world_size,
-            self.step_timeout.total_seconds(),
-            self._part_mib,
-            self._watch,
-            self._report,
-            self._naive,
-            self._shares_memory,
-        )
-        self._farewell = server.serve()
-        server.release()
+        self._farewell = self._make_serving().serve(self.optimizers, self._named_parameters(), self._cut())
 
-    def _watch(self) -> None:
-        """Raise if a worker that we started has ended with an error."""
+    def _make_serving(self) -> Serving:
         launcher = self._launcher
         assert isinstance(launcher, ServerLauncher)
-        if (ended := launcher.first_exit_code()) is not None:
-            rank, code = ended
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            raise WorkerFailed(f"worker {rank - 1} {how}")
-
-    def _report(self, statistics: ServerStatistics) -> None:
-        if not self._log_every or statistics.total_steps % self._log_every:
-            return
-        means = statistics.take()
-        print(
-            f"server: step {means['total_steps']} | {means['steps_per_s']:.2f} steps/s | "
-            f"{means['num_bytes'] / 1e6:.1f} MB in and out per step | receive {means['receive_ms']:.0f} ms, "
-            f"reduce {means['reduce_ms']:.0f} ms, optimizer {means['optimizer_ms']:.0f} ms",
-            flush=True,
+        return Serving(
+            self._options,
+            self.process_rank,
+            self._store,
+            self._sockets[0],
+            self.world_size,
+            self.step_timeout,
+            self._part_mib,
+            self._shares_memory,
+            self._log_every,
+            launcher.first_exit_code,
+            self._naive,
         )
 
     # -- leaving ---------------------------------------------------------------------------------------------
@@ -307,6 +386,9 @@ class ParameterServerStrategy(CollectiveStrategy):
     def leave(self, trainer: pl.Trainer, result: Any) -> None:
         """Worker: say bye; rank 0 hands over what the server's process should end with."""
         assert self._client is not None
+        if not self.in_lockstep and trainer.state.fn == TrainerFn.FITTING:
+            self.control.barrier()  # all have pushed their last
+            self._fetch()
         info, state = None, {}
         if self.is_global_zero:
             info = self._last_words(trainer, result)
@@ -323,9 +405,14 @@ class ParameterServerStrategy(CollectiveStrategy):
         }
 
     def _unserved_state(self) -> dict[str, Tensor]:
-        """What the server does not have: buffers and parameters without an optimizer."""
+        """What the first server does not have: buffers, parameters without an optimizer, what others serve."""
         assert self.lightning_module is not None
-        served = {name for named in self._named_parameters() for name, p in named if p.requires_grad}
+        served = {
+            named[cut.index][0]
+            for named, cuts in zip(self._named_parameters(), self._cuts, strict=True)
+            for cut in cuts[0]
+            if named[cut.index][1].requires_grad and cut.is_whole(named[cut.index][1])
+        }
         return {k: v for k, v in self.lightning_module.state_dict().items() if k not in served}
 
     def hand_over(self, trainer: pl.Trainer) -> Any:
@@ -352,5 +439,6 @@ class ParameterServerStrategy(CollectiveStrategy):
     def _close(self, linger_ms: int) -> None:
         if self._context is not None:
             self._context.destroy(linger_ms)
-            remove_socket_folder(self._endpoint)
+            for endpoint in self._endpoints:
+                remove_socket_folder(endpoint)
         self._context = self._client = self._naive = None

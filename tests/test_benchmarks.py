@@ -14,8 +14,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from gradsync.comm import ALGORITHMS
+from gradsync.strategies import ParameterServerStrategy
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 ROWS = {
@@ -24,7 +27,9 @@ ROWS = {
     "ddp",
     "ddp_keeping_memory",
     "manual_allreduce",
+    "sharded_server",
     "parameter_server",
+    "parameter_server_tcp",
     "naive",
     "no_communication",
 }
@@ -69,7 +74,7 @@ def test_step_measures_every_row(tmp_path: Path) -> None:
     assert result["settings"]["failed"] == {}
     assert result["rows"].keys() == ROWS
     for name, metrics in result["rows"].items():
-        served = {"server_cpu_ms"} if name in ("parameter_server", "naive") else set()
+        served = {"server_cpu_ms"} if name in ("parameter_server", "parameter_server_tcp", "naive") else set()
         ratios = {"ratio_to_ddp", "ratio_to_no_communication"}
         assert metrics.keys() == {"images_per_s", "step_ms", "cpu_ms", "page_faults"} | ratios | served
         for spread in metrics.values():
@@ -91,6 +96,92 @@ def test_sync_measures_every_algorithm_and_checks_its_sum(tmp_path: Path) -> Non
     for metrics in result["rows"].values():
         assert metrics.keys() == {"wall_ms", "cpu_ms", "wall_ratio_to_ddp", "cpu_ratio_to_ddp"}
     assert result["rows"]["ddp"]["cpu_ratio_to_ddp"]["median"] == 1
+
+
+def test_server_measures_every_transport_and_checks_the_parameters(tmp_path: Path) -> None:
+    tiny = "--arch shufflenet_v2_x0_5 --rounds 1 --steps 1"
+    done = run_script("server.py", *tiny.split(), "--json", str(tmp_path / "server.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "server.json").read_text())
+    assert result["settings"]["failed"] == {}
+    assert result["rows"].keys() == {"raw_tcp", "tcp", "ipc", "shared_memory", "naive"}
+    ratios = {"wall_ratio_to_raw_tcp", "cpu_ratio_to_raw_tcp"}
+    for metrics in result["rows"].values():
+        assert metrics.keys() == {"wall_ms", "cpu_ms", "worker_cpu_ms", "server_cpu_ms"} | ratios
+    assert result["rows"]["raw_tcp"]["wall_ratio_to_raw_tcp"]["median"] == 1
+    assert "a local optimizer, to the bit: raw_tcp, tcp, ipc, shared_memory, naive." in done.stdout
+
+
+def test_a_server_that_gives_other_parameters_has_no_result(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import server_rows
+
+    workload = server_rows.Workload.of("shufflenet_v2_x0_5", 1, 60)
+    right = server_rows.optimizer_of
+    ours = os.getpid()
+
+    def wrong_on_the_server(parameters: list[Any]) -> Any:
+        optimizer = right(parameters)
+        if os.environ["RANK"] == "0" and os.getpid() != ours:
+            optimizer.param_groups[0]["momentum"] = 0.8
+        return optimizer
+
+    monkeypatch.setattr(server_rows, "optimizer_of", wrong_on_the_server)
+    with pytest.raises(harness.RowFailed, match="the parameters are not those of a local optimizer"):
+        harness.run_processes(lambda process: server_rows.ROWS["raw_tcp"].run(process, workload), 2, 60)
+
+
+def test_server_uses_the_default_part_sizes_of_the_strategy(harness: Any) -> None:
+    import server_rows
+
+    for transport in ("tcp", "ipc", "shared_memory"):
+        strategy = ParameterServerStrategy(
+            transport, parallel_devices=[torch.device("cpu")] * 2, cluster_environment=LightningEnvironment()
+        )
+        assert server_rows.ROWS[transport].part_mib == strategy._part_mib
+
+
+STALENESS_TINY = "--arch shufflenet_v2_x0_5 --slowness 2 --batch-size 2"
+
+
+def _page_of(tmp_path: Path, name: str) -> Path:
+    page = tmp_path / "page.md"
+    begin, end = f"<!-- staleness {name} table: benchmarks/staleness.py writes it -->", f"<!-- end of {name} table -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    return page
+
+
+def test_staleness_speed_counts_updates_and_samples(tmp_path: Path) -> None:
+    page = _page_of(tmp_path, "speed")
+    tiny = f"speed {STALENESS_TINY} --rounds 1 --steps 12 --warmup 1"
+    done = run_script("staleness.py", *tiny.split(), "--json", str(tmp_path / "s.json"), "--markdown", str(page))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert rows.keys() == {"sync", "bounded", "async"}
+    for name, metrics in rows.items():
+        median = {metric: spread["median"] for metric, spread in metrics.items()}
+        per_update = 2 * 2 if name == "sync" else 2
+        assert median["samples_per_s"] == pytest.approx(per_update * median["updates_per_s"])
+        assert median.keys() >= {"staleness", "updates_ratio_to_sync", "samples_ratio_to_sync"}
+    assert rows["sync"]["staleness"]["max"] == 0
+    text = page.read_text()
+    assert "old" not in text
+    assert all(f"| `{name}` |" in text for name in rows)
+    assert "An update of `sync` is a step by all workers' gradients" in text
+
+
+def test_staleness_accuracy_trains_every_mode_with_every_seed(tmp_path: Path) -> None:
+    page = _page_of(tmp_path, "accuracy")
+    tiny = f"accuracy {STALENESS_TINY} --seeds 2 --epochs 1 --limit-batches 3"
+    done = run_script("staleness.py", *tiny.split(), "--json", str(tmp_path / "a.json"), "--markdown", str(page))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["rows"].keys() == {"sync", "bounded", "async"}
+    assert result["settings"]["lr_factor"] == 0.5
+    assert all(0 <= row["top1_pct"]["min"] <= row["top1_pct"]["max"] <= 100 for row in result["rows"].values())
+    text = page.read_text()
+    assert text.startswith("before\n<!-- staleness accuracy table")
+    assert all(f"| `{name}` |" in text for name in result["rows"])
+    assert "in `bounded` and `async` times 0.5" in text
 
 
 def test_hooks_trains_with_each_and_writes_the_table(tmp_path: Path) -> None:

@@ -54,12 +54,19 @@ def test_taking_starts_over_and_the_running_phase_goes_on() -> None:
 
 
 @pytest.mark.parametrize("in_optimizer_step", [False, True])
+@pytest.mark.parametrize("in_own_step_pct", [0, 50, 100])
 @pytest.mark.parametrize("exposed_ms", [0.0, 20.0, 72.0, 500.0])
 @pytest.mark.parametrize("server_optimizer_ms", [None, 5.0, 500.0])
 def test_parts_add_up_to_the_step_and_none_is_negative(
-    in_optimizer_step: bool, exposed_ms: float, server_optimizer_ms: float | None
+    in_optimizer_step: bool, exposed_ms: float, server_optimizer_ms: float | None, in_own_step_pct: int
 ) -> None:
-    comm = StepCommunication(600.0, exposed_ms, 8, server_optimizer_ms=server_optimizer_ms)
+    comm = StepCommunication(
+        600.0,
+        exposed_ms,
+        8,
+        server_optimizer_ms=server_optimizer_ms,
+        exposed_in_optimizer_ms=exposed_ms * in_own_step_pct / 100,
+    )
     step = break_down(PHASES_MS, comm, in_optimizer_step=in_optimizer_step)
     assert step.step_ms == sum(PHASES_MS.values())
     assert sum(parts_ms(step)) == pytest.approx(step.step_ms)
@@ -72,6 +79,11 @@ def test_exposed_communication_is_taken_from_compute() -> None:
     assert (step.overlapped_ms, step.num_bytes) == (10.0, 8)
     assert step.share_pct == pytest.approx(100 * 20 / 107)
     assert step.images_per_s == pytest.approx(2000)
+
+
+def test_what_ranks_that_step_themselves_wait_for_there_is_taken_from_the_optimizer() -> None:
+    step = break_down(PHASES_MS, StepCommunication(30.0, 20.0, 8, exposed_in_optimizer_ms=12.0))
+    assert parts_ms(step) == [4.0, 71.0 - 8.0, 20.0, 30.0 - 12.0, 2.0]
 
 
 def test_a_server_that_steps_inside_the_optimizer_step_is_the_optimizer() -> None:

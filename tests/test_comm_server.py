@@ -12,9 +12,10 @@ import torch
 import zmq
 
 from gradsync.comm import Timeline
+from gradsync.comm.optimizers import steps_per_tensor
 from gradsync.comm.packing import MalformedTree, pack_tree, tensor_bytes, unpack_tree
-from gradsync.comm.server import ParameterServer, ProtocolError, RemoteOptimizer, ServerFailed, WorkerClient
-from gradsync.comm.server.aggregator import Aggregator, steps_per_tensor
+from gradsync.comm.server import ProtocolError, RemoteOptimizer, ServerFailed, SyncServer, WorkerClient
+from gradsync.comm.server.aggregator import Aggregator
 from gradsync.comm.server.protocol import Kind, Message
 
 
@@ -189,7 +190,7 @@ class _World:
     def _serve(self) -> None:
         optimizers = [_sgd(self.server_named)]
         tables = [self.server_named]
-        server = ParameterServer(
+        server = SyncServer(
             *(self.socket, optimizers, tables, self.num_workers, self.timeout_s, 0.001, lambda: None, lambda _: None),
             shared=self.shared,
         )
@@ -203,8 +204,8 @@ class _World:
         socket.routing_id = str(rank).encode()
         socket.connect("inproc://server")
         self.sockets.append(socket)
-        sharing = self.num_workers + 1 if self.shared else None
-        return WorkerClient(socket, [named], rank, self.timeout_s, 0.001, Timeline(), num_sharing=sharing)
+        sharing = self.num_workers if self.shared else None
+        return WorkerClient(socket, [named], rank, self.timeout_s, 0.001, Timeline(), sharing_workers=sharing)
 
     def start_two(self) -> tuple[list[Any], list[WorkerClient]]:
         """Two workers that have been welcomed, and their parameters."""

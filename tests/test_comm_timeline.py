@@ -51,6 +51,19 @@ def test_a_servers_optimizer_time_is_taken_out() -> None:
     assert (step.total_ms, step.push_ms, step.server_optimizer_ms, step.pull_ms) == (20, 25, 30, None)
 
 
+def test_waiting_in_the_optimizers_step_is_exposed_too_and_told_apart() -> None:
+    timeline = Timeline()
+    timeline.waited_in_optimizer_step(0, 30 * MS)
+    timeline.waited_in_optimizer_step(40 * MS, 50 * MS)
+    step = timeline.take_step()
+    assert step is not None
+    assert (step.exposed_ms, step.exposed_in_optimizer_ms, step.total_ms) == (40, 40, 0)
+    timeline.add_span(0, MS)
+    step = timeline.take_step()
+    assert step is not None
+    assert step.exposed_in_optimizer_ms == 0
+
+
 def test_total_never_becomes_negative() -> None:
     timeline = Timeline()
     timeline.add_span(0, 10 * MS)

@@ -103,6 +103,15 @@ def test_every_transport_gives_the_same_bits(options: dict[str, Any], case: str)
     _assert_bitwise(_ours("parameter_server", case, 2, **options)[1], _ddp(case, 2)[0])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"transport": "collective"}, {"overlap": False}, {"bucket_mib": 0.001}],
+    ids=["collective", "no_overlap", "tiny"],
+)
+def test_every_way_to_shard_gives_the_same_bits(options: dict[str, Any]) -> None:
+    _assert_bitwise(_ours("sharded_server", "batch_norm", 2, **options)[0], _ddp("batch_norm", 2)[0])
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("strategy", OURS)
 def test_other_world_sizes_agree_with_ddp(strategy: str, world_size: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from commands import gradsync, tiny_fit
 
-RUNS = {"ddp": 2, "manual_allreduce": 2, "parameter_server": 3}
+RUNS = {"ddp": 2, "manual_allreduce": 2, "parameter_server": 3, "sharded_server": 2}
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -22,7 +22,11 @@ def test_an_exception_in_one_process_ends_all(strategy: str, process: int, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("strategy", "process"), [("ddp", 1), ("manual_allreduce", 0), ("manual_allreduce", 1), ("parameter_server", 2)]
+    ("strategy", "process"),
+    [
+        *(("ddp", 1), ("manual_allreduce", 0), ("manual_allreduce", 1), ("parameter_server", 2)),
+        *(("sharded_server", 0), ("sharded_server", 1)),
+    ],
 )
 def test_a_killed_process_ends_all(strategy: str, process: int, tmp_path: Path) -> None:
     ended = gradsync(*tiny_fit(strategy, RUNS[strategy], fault="kill", process=process), cwd=tmp_path)
@@ -39,11 +43,27 @@ def test_out_of_memory_names_the_batch_size_flag(tmp_path: Path) -> None:
     assert "Traceback" not in ended.output
 
 
-@pytest.mark.parametrize("strategy", ["manual_allreduce", "parameter_server"])
+@pytest.mark.parametrize("strategy", ["manual_allreduce", "parameter_server", "sharded_server"])
 def test_a_silent_process_is_named_with_the_flag_that_raises_the_limit(strategy: str, tmp_path: Path) -> None:
     arguments = [*tiny_fit(strategy, RUNS[strategy], fault="stop", process=RUNS[strategy] - 1)]
     ended = gradsync(*arguments, "--trainer.strategy.step_timeout_s", "6", cwd=tmp_path)
     assert ended.code not in (0, None), ended.output
     assert "--trainer.strategy.step_timeout_s" in ended.output
     assert "worker(s) 1" in ended.output or "rank(s) 1 did not take part" in ended.output
+    assert not ended.orphans
+
+
+@pytest.mark.parametrize(
+    ("options", "process", "named"),
+    [
+        (["mode=async"], 2, "worker 1 was killed by SIGKILL"),
+        (["mode=bounded", "transport=tcp"], 1, "worker 0 was killed by SIGKILL"),
+        (["servers=2"], 3, "worker 1 was killed by SIGKILL"),
+    ],
+)
+def test_a_killed_worker_is_named_in_every_mode(options: list[str], process: int, named: str, tmp_path: Path) -> None:
+    arguments = tiny_fit("parameter_server", 4, fault="kill", process=process, at_step=1)
+    ended = gradsync(*arguments, *(f"--trainer.strategy.{option}" for option in options), cwd=tmp_path)
+    assert ended.code not in (0, None), ended.output
+    assert named in ended.output
     assert not ended.orphans

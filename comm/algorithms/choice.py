@@ -49,18 +49,21 @@ def make_algorithm(
     reason = ""
     if name == AUTO:
         is_alone = dist.get_world_size(group) == 1
-        obstacle = "there is one rank only" if is_alone else _obstacle_to_sharing(group, tensors)
+        obstacle = "there is one rank only" if is_alone else obstacle_to_sharing(group, tensors)
         name = "native" if obstacle else "shared_memory"
         reason = obstacle or f"all {dist.get_world_size(group)} ranks are on one host, gradients on the CPU"
-    elif name == "shared_memory" and (obstacle := _obstacle_to_sharing(group, tensors)):
+    elif name == "shared_memory" and (obstacle := obstacle_to_sharing(group, tensors)):
         raise AlgorithmUnavailable(f"algorithm shared_memory cannot run here: {obstacle}; native and ring would")
     if name == "shared_memory":
         return SharedMemoryAllReduce(group, timeout_s), reason
     return ALGORITHMS[name](group), reason
 
 
-def _obstacle_to_sharing(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> str | None:
-    """Why the ranks cannot sum in shared memory, None if they can; the same on all ranks."""
+def obstacle_to_sharing(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> str | None:
+    """Why the ranks cannot sum in shared memory of the size of ``tensors``, None if they can; the same on all ranks.
+
+    Blocks; called on all ranks of ``group``.
+    """
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "gradients are not on the CPU"
     try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +28,12 @@ from typing_extensions import override
 
 from ..buckets import Bucket, BufferSpec
 from ..shared_memory import HostGroup
-from ..shared_memory.host_group import ALIGNMENT, NUM_BELLS
+from ..shared_memory.host_group import ALIGNMENT
 from .algorithm import BackgroundAlgorithm, Job, ring_bytes
 
-_FILLED, _REDUCED = range(NUM_BELLS)
+_FILLED, _REDUCED = range(2)
 
-_CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = 256 * 1024
 """What is summed at a time: all terms of a chunk stay in the cache of a core."""
 
 
@@ -48,8 +49,37 @@ class _Shared:
     """This rank sums the elements from ``start`` to ``end``."""
 
 
+class SharedMemoryAlgorithm(BackgroundAlgorithm):
+    """Reduces a bucket, then leaves it when all ranks have."""
+
+    @abstractmethod
+    def reduce(self, bucket: Bucket) -> None:
+        """Do this rank's part of the sum and tell the others; blocks until they have filled the bucket."""
+
+    @abstractmethod
+    def leave(self, bucket: Bucket) -> None:
+        """Block until all ranks have reduced it."""
+
+    @override
+    def work(self, jobs: queue.SimpleQueue[Job | None]) -> None:
+        """Reducing a later bucket goes before the end of an earlier one: the peers wait only for the former."""
+        reduced: deque[Job] = deque()
+        while True:
+            try:
+                job = jobs.get(block=not reduced)
+            except queue.Empty:
+                job = reduced.popleft()
+                if self.attempt(self.leave, job):
+                    job[1].set_result(job[0].buffer())
+                continue
+            if job is None:
+                return
+            if self.attempt(self.reduce, job):
+                reduced.append(job)
+
+
 @final
-class SharedMemoryAllReduce(BackgroundAlgorithm):
+class SharedMemoryAllReduce(SharedMemoryAlgorithm):
     """See the module.
 
     Args:
@@ -60,6 +90,8 @@ class SharedMemoryAllReduce(BackgroundAlgorithm):
         PeerLost: (the futures) a peer has ended or does not come.
     """
 
+    sums_flags = True
+
     def __init__(self, group: dist.ProcessGroup, timeout_s: float = 300.0) -> None:
         super().__init__(group)
         self._timeout_s = timeout_s
@@ -67,7 +99,7 @@ class SharedMemoryAllReduce(BackgroundAlgorithm):
 
     @override
     def allocate(self, specs: Sequence[BufferSpec]) -> list[Tensor]:
-        sizes = [_round_up(spec.numel * spec.dtype.itemsize, ALIGNMENT) for spec in specs]
+        sizes = [round_up(spec.numel * spec.dtype.itemsize, ALIGNMENT) for spec in specs]
         ranks = HostGroup(self.group, sum(sizes), self._timeout_s)
         starts = itertools.accumulate(sizes, initial=0)
         made = [self._share(ranks, start, spec) for start, spec in zip(starts, specs, strict=False)]
@@ -77,7 +109,7 @@ class SharedMemoryAllReduce(BackgroundAlgorithm):
     def _share(self, ranks: HostGroup, start: int, spec: BufferSpec) -> _Shared:
         arenas = [ranks.tensor(rank, start, spec.numel, spec.dtype) for rank in range(self.world_size)]
         per_line = ALIGNMENT // spec.dtype.itemsize
-        per_rank = _round_up(-(-spec.numel // self.world_size), per_line)  # no two ranks write to one cache line
+        per_rank = round_up(-(-spec.numel // self.world_size), per_line)  # no two ranks write to one cache line
         start, end = (min(rank * per_rank, spec.numel) for rank in (self.rank, self.rank + 1))
         return _Shared(ranks, arenas, start, end)
 
@@ -95,31 +127,16 @@ class SharedMemoryAllReduce(BackgroundAlgorithm):
         return self._shared[id(bucket.buffer())]
 
     @override
-    def work(self, jobs: queue.SimpleQueue[Job | None]) -> None:
-        """Reducing a later bucket goes before the end of an earlier one: the peers wait only for the former."""
-        reduced: deque[Job] = deque()
-        while True:
-            try:
-                job = jobs.get(block=not reduced)
-            except queue.Empty:
-                job = reduced.popleft()
-                if self.attempt(self._leave, job):
-                    job[1].set_result(job[0].buffer())
-                continue
-            if job is None:
-                return
-            if self.attempt(self._reduce, job):
-                reduced.append(job)
-
-    def _reduce(self, bucket: Bucket) -> None:
+    def reduce(self, bucket: Bucket) -> None:
         shared = self._of(bucket)
         shared.ranks.wait(_FILLED)
-        step = _CHUNK_BYTES // bucket.buffer().element_size()
+        step = CHUNK_BYTES // bucket.buffer().element_size()
         for first in range(shared.start, shared.end, step):
-            _sum_into_all([arena[first : min(first + step, shared.end)] for arena in shared.arenas])
+            sum_into_all([arena[first : min(first + step, shared.end)] for arena in shared.arenas])
         shared.ranks.ring(_REDUCED)
 
-    def _leave(self, bucket: Bucket) -> None:
+    @override
+    def leave(self, bucket: Bucket) -> None:
         self._of(bucket).ranks.wait(_REDUCED)
 
     @override
@@ -134,7 +151,7 @@ class SharedMemoryAllReduce(BackgroundAlgorithm):
         super().close()
 
 
-def _sum_into_all(terms: list[Tensor]) -> None:
+def sum_into_all(terms: list[Tensor]) -> None:
     """Add up ``terms`` in their order; each of them is the sum afterwards."""
     total, *others = terms
     for term in others:
@@ -143,5 +160,5 @@ def _sum_into_all(terms: list[Tensor]) -> None:
         term.copy_(total)
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple

@@ -1,16 +1,22 @@
 """The parameter server: wire protocol, server, worker's client, remote optimizer."""
 
+from .async_server import AsyncServer
 from .client import ServerFailed, WorkerClient
 from .protocol import ProtocolError
 from .remote_optimizer import RemoteOptimizer
 from .server import ParameterServer, ServerStatistics, WorkerFailed
+from .servers_client import ServersClient
+from .sync_server import SyncServer
 
 __all__ = [
+    "AsyncServer",
     "ParameterServer",
     "ProtocolError",
     "RemoteOptimizer",
     "ServerFailed",
     "ServerStatistics",
+    "ServersClient",
+    "SyncServer",
     "WorkerClient",
     "WorkerFailed",
 ]

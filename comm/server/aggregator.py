@@ -1,4 +1,4 @@
-"""What the server does with pushed gradients: sum in worker order, clip, step. No sockets here."""
+"""Sync mode: the workers' gradients are summed in worker order, and all of them take one step."""
 
 from __future__ import annotations
 
@@ -8,48 +8,27 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from ..buckets import Bucket, BufferSpec
+from ..optimizers import steps_per_tensor
 from ..packing import tensor_from
-from .layout import Layout
 from .naive import NaivePeers
 from .protocol import ProtocolError
-
-
-def steps_per_tensor(optimizer: Optimizer) -> bool:
-    """Whether stepping parameters in several calls equals stepping them in one.
-
-    True for torch's own optimizers but LBFGS; others may count their steps per call.
-    """
-    return type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, LBFGS)
-
-
-def _update_group(group: dict[str, Any], scalars: dict[str, Any]) -> None:
-    """Take over settings that came as JSON, keeping the types that the optimizer had."""
-    for key in scalars.keys() & group.keys():
-        value = scalars[key]
-        if isinstance(group[key], Tensor):
-            group[key].fill_(value)
-        else:
-            group[key] = tuple(value) if isinstance(group[key], tuple) else value
+from .served import ServedOptimizer
 
 
 @final
-class Aggregator:
-    """One optimizer and its parameters on the server.
+class Aggregator(ServedOptimizer):
+    """A step begins when the first worker announces it and ends when every bucket was stepped.
 
-    A step begins when the first worker announces it and ends when every bucket was stepped. Gradients are
-    multiplied by ``1 / num_workers`` and summed in worker order whatever the order of arrival, so equal runs
-    give equal bits.
+    Gradients are multiplied by ``1 / num_workers`` (also where a worker has none, as under DDP) and summed in worker
+    order whatever the order of arrival, so equal runs give equal bits.
 
     Args:
-        optimizer: Steps the server's parameters; they are moved into flat memory, from which replies go out.
-        parameters: Its parameters in order, as both sides know them.
-        num_workers: The divisor, also for workers without a gradient (as DDP).
         are_scaled: Workers have divided their gradients already.
-        part_mib: Size of a message in MiB.
-        allocate: Makes the memory that the parameters move to.
+        See :class:`.ServedOptimizer` for the others.
     """
 
     def __init__(
@@ -61,15 +40,8 @@ class Aggregator:
         allocate: Callable[[list[BufferSpec]], list[Tensor]] | None = None,
         are_scaled: bool = False,
     ) -> None:
-        self.optimizer = optimizer
-        self.layout = Layout(parameters, part_mib)
-        self._values = Layout(parameters, part_mib, allocate)
-        self._num_workers = num_workers
+        super().__init__(optimizer, parameters, num_workers, part_mib, allocate)
         self._scale = 1.0 if are_scaled else 1.0 / num_workers
-        with torch.no_grad():
-            for bucket in self._values.buckets:
-                for parameter, view in zip(bucket.parameters(), bucket.views, strict=True):
-                    parameter.data = view.copy_(parameter)
         self.reset()
 
     def reset(self) -> None:
@@ -86,38 +58,19 @@ class Aggregator:
         """Workers that have announced the step under way."""
         return set(self._used)
 
-    def values(self, bucket: Bucket, start: int, end: int) -> Tensor:
-        """The current parameters of part ``[start, end)`` of ``bucket``; shares the server's memory."""
-        return self._values.buckets[bucket.index()].buffer()[start:end]
-
-    def part(self, bucket_index: int, part: int, payload: Any) -> Tensor:
-        """The parameters that ``payload`` is for.
-
-        Raises:
-            ProtocolError: there is no such part, or it has another size.
-        """
-        if bucket_index < len(self.layout.buckets):
-            bucket = self.layout.buckets[bucket_index]
-            parts = self.layout.parts(bucket)
-            if part < len(parts) and len(payload) == (target := self.values(bucket, *parts[part])).nbytes:
-                return target
-        raise ProtocolError(f"{len(payload)} bytes came for bucket {bucket_index} part {part}: no such part or size")
-
+    @override
     def begin(self, worker: int, info: Any) -> None:
-        """Worker ``worker`` announces a step: ``used`` (per bucket, per parameter), ``groups``, ``clip``."""
         used = info["used"]
-        if [len(flags) for flags in used] != [len(b.parameters()) for b in self.layout.buckets]:
-            raise ProtocolError(f"worker {worker} describes other buckets than the server has")
+        self._check_used(worker, used)
         if worker in self._used:
             raise ProtocolError(f"worker {worker} announced a step twice")
         self._used[worker] = used
         if worker == 0:
             self._info = info
-            for group, scalars in zip(self.optimizer.param_groups, info["groups"], strict=True):
-                _update_group(group, scalars)
+            self._take_settings(info["groups"])
 
+    @override
     def add(self, worker: int, bucket_index: int, part: int, payload: Any) -> None:
-        """Keep one pushed part until every worker's is here."""
         if bucket_index not in self._open or worker not in self._used:
             raise ProtocolError(f"worker {worker} pushed bucket {bucket_index} out of turn")
         self.part(bucket_index, part, payload)
@@ -139,8 +92,8 @@ class Aggregator:
             self._reduce(bucket)
             if self._open[index] == 0 and self._may_step_alone():
                 del self._open[index]
-                self._set_gradients(bucket)
-                self._step()
+                self._set_gradients(bucket, bucket.views, self._flags(bucket))
+                self._step(self._info["clip"])
                 yield bucket, self._any_used(bucket)
         if self._open and not self._may_step_alone() and not any(self._open.values()):
             self._open.clear()
@@ -201,11 +154,6 @@ class Aggregator:
         """Per parameter of ``bucket``: whether any worker used it."""
         return [any(column) for column in zip(*(used[bucket.index()] for used in self._used.values()), strict=True)]
 
-    def _set_gradients(self, bucket: Bucket) -> None:
-        """A parameter that no worker used keeps ``grad=None``, or momentum and decay would move it."""
-        for parameter, view, used in zip(bucket.parameters(), bucket.views, self._flags(bucket), strict=True):
-            parameter.grad = view if used else None
-
     def step_naively(self, peers: NaivePeers) -> int:
         """Do the whole step over the naive transport (see there); returns the bytes."""
         parameters = [p for bucket in self.layout.buckets for p in bucket.parameters()]
@@ -217,25 +165,11 @@ class Aggregator:
         for bucket in self.layout.buckets:
             for parameter, used in zip(bucket.parameters(), self._flags(bucket), strict=True):
                 parameter.grad = parameter.grad if used else None
-        self._step()
+        self._step(self._info["clip"])
 
     def _step_all(self) -> Iterator[tuple[Bucket, bool]]:
         for bucket in self.layout.buckets:
-            self._set_gradients(bucket)
-        self._step()
+            self._set_gradients(bucket, bucket.views, self._flags(bucket))
+        self._step(self._info["clip"])
         for bucket in self.layout.buckets:
             yield bucket, self._any_used(bucket)
-
-    def _step(self) -> None:
-        start_ns = time.perf_counter_ns()
-        clip = self._info["clip"]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if clip["algorithm"] == "norm":
-            torch.nn.utils.clip_grad_norm_(parameters, clip["value"])
-        elif clip["algorithm"] == "value":
-            torch.nn.utils.clip_grad_value_(parameters, clip["value"])
-        if parameters:
-            self.optimizer.step()
-        for parameter in parameters:
-            parameter.grad = None
-        self.optimizer_ms += (time.perf_counter_ns() - start_ns) / 1e6

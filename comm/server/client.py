@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -37,8 +38,8 @@ class WorkerClient:
         part_mib: Message size in MiB, as the server's.
         timeline: Where the spans go.
         naive: Moves gradients and parameters instead of the socket, if given.
-        num_sharing: If given, tensors go through memory that so many processes of this host share, one of which is
-            the server.
+        sharing_workers: If given, tensors go through memory that the server shares with so many workers, all of them.
+        in_lockstep: Whether all workers take part in every step (sync mode).
 
     Raises:
         SharedMemoryError: there is too little memory for that.
@@ -53,18 +54,23 @@ class WorkerClient:
         part_mib: float,
         timeline: Timeline,
         naive: NaivePeers | None = None,
-        num_sharing: int | None = None,
+        sharing_workers: int | None = None,
+        in_lockstep: bool = True,
     ) -> None:
         self._socket = socket
         self._named = named_parameters
-        self._shared = [SharedBuffers(num_sharing) for _ in named_parameters] if num_sharing else None
+        num_makers = (sharing_workers or 0) + 1
+        self._shared = [SharedBuffers(num_makers) for _ in named_parameters] if sharing_workers else None
         allocators = [s.allocate for s in self._shared] if self._shared else [None] * len(named_parameters)
         self._layouts = [
             Layout([p for _, p in named], part_mib, allocate)
             for named, allocate in zip(named_parameters, allocators, strict=True)
         ]
+        self._inboxes = [SharedBuffers(num_makers) for _ in self._shared or []] if not in_lockstep else []
         self._values: list[list[Bucket]] = []
-        self._scale = 1.0 / (num_sharing - 1) if num_sharing else 1.0
+        """Per optimizer, where new parameters are read in shared memory: the server's own, or this worker's inbox."""
+        self._scale = 1.0 / sharing_workers if sharing_workers and in_lockstep else 1.0
+        self._num_steps = 0
         self._rank = rank
         self._timeout_s = timeout_s + _GRACE_S
         self._timeline = timeline
@@ -72,8 +78,8 @@ class WorkerClient:
 
     def start(self) -> None:
         """Phases *hello* and *init*: agree on the model; rank 0 sends the values to start from."""
-        memory = [shared.handle() for shared in self._shared] if self._shared else None
-        self._send(Message(Kind.HELLO, info={"tables": [table_of(named) for named in self._named], "memory": memory}))
+        tables = [table_of(named) for named in self._named]
+        self._send(Message(Kind.HELLO, info={"tables": tables, "memory": self._make_memory()}))
         if self._rank == 0:
             for number, layout in enumerate(self._layouts):
                 for bucket, part, start, end in layout.all_parts():
@@ -81,14 +87,21 @@ class WorkerClient:
                     self._send(Message(Kind.INIT, number, bucket.index(), part, payload=payload))
         self._attach(self._expect(Kind.WELCOME).info)
 
-    def _attach(self, memory: list[dict[str, Any]] | None) -> None:
-        """Map the server's parameters."""
+    def _make_memory(self) -> dict[str, Any] | None:
+        """Where the server finds this worker's buffers."""
         if not self._shared:
-            return
-        for layout, shared, handle in zip(self._layouts, self._shared, memory or [], strict=True):
-            shared.seal()
-            runs = [bucket.parameters() for bucket in layout.buckets]
-            self._values.append(make_buckets(runs, attach(handle, layout.specs)))
+            return None
+        for layout, inbox in zip(self._layouts, self._inboxes, strict=False):
+            self._values.append(_buckets_in(layout, inbox.allocate(layout.specs)))
+        return {"pushed": [s.handle() for s in self._shared], "inbox": [i.handle() for i in self._inboxes]}
+
+    def _attach(self, memory: list[dict[str, Any]] | None) -> None:
+        """The server has mapped our memory; map its own, if that is where parameters are read."""
+        for buffers in [*(self._shared or []), *self._inboxes]:
+            buffers.seal()
+        if self._shared and not self._inboxes:
+            handles = zip(self._layouts, memory or [], strict=True)
+            self._values = [_buckets_in(layout, attach(handle, layout.specs)) for layout, handle in handles]
 
     def step(self, number: int, groups: list[dict[str, Any]], clip: dict[str, Any]) -> None:
         """Phase *step* for optimizer ``number``: on return its parameters are the new ones.
@@ -98,29 +111,29 @@ class WorkerClient:
             groups: The JSON-compatible settings of its parameter groups (learning rates).
             clip: ``{"algorithm": "norm" | "value" | None, "value": float}``, applied to the average.
         """
+        step_together([self], number, groups, clip, self._timeline)
+
+    def push(self, number: int, groups: list[dict[str, Any]], clip: dict[str, Any]) -> int:
+        """First half of :meth:`step`: hand over the gradients; returns the bytes."""
         layout = self._layouts[number]
         self._check_gradients(number)
-        self._timeline.gradients_ready()
-        start_ns = time.perf_counter_ns()
         used = [[p.grad is not None for p in bucket.parameters()] for bucket in layout.buckets]
-        self._send(Message(Kind.STEP, number, info={"used": used, "groups": groups, "clip": clip}))
+        self._num_steps += 1
+        info = {"used": used, "groups": groups, "clip": clip, "sequence": self._num_steps}
+        self._send(Message(Kind.STEP, number, info=info))
         if self._naive is None:
-            num_bytes = self._push(number, used)
-        else:
-            num_bytes = self._naive.push_pull([p for bucket in layout.buckets for p in bucket.parameters()])
-        pushed_ns = time.perf_counter_ns()
-        first_ns, pulled, times = self._pull(number)
-        end_ns = time.perf_counter_ns()
-        self._timeline.synchronized()
-        self._timeline.add_span(start_ns, end_ns, num_bytes + pulled)
-        push_ms = max((pushed_ns - start_ns) / 1e6, times["receive_ms"])
-        pull_ms = (end_ns - first_ns) / 1e6
-        self._timeline.add_parts(
-            push_ms=push_ms,
-            pull_ms=pull_ms,
-            wait_ms=max(0.0, (end_ns - start_ns) / 1e6 - push_ms - pull_ms - times["optimizer_ms"]),
-            server_optimizer_ms=times["optimizer_ms"],
-        )
+            return self._push(number, used)
+        return self._naive.push_pull([p for bucket in layout.buckets for p in bucket.parameters()])
+
+    def pull(self, number: int) -> tuple[int, int, dict[str, float]]:
+        """Second half: take over the new parameters; when they began to come (ns), bytes, and the server's times."""
+        return self._pull(number)
+
+    def fetch(self) -> None:
+        """Take over the server's current parameters, of all optimizers."""
+        for number in range(len(self._layouts)):
+            self._send(Message(Kind.FETCH, number))
+            self._pull(number)
 
     def get_state(self, number: int) -> dict[str, Any]:
         """The state dict of optimizer ``number`` on the server."""
@@ -254,3 +267,32 @@ class WorkerClient:
             return
         for parameter, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
             parameter.copy_(view_like(part, parameter))
+
+
+def _buckets_in(layout: Layout, buffers: list[Tensor]) -> list[Bucket]:
+    return make_buckets([bucket.parameters() for bucket in layout.buckets], buffers)
+
+
+def step_together(
+    clients: Sequence[WorkerClient], number: int, groups: list[dict[str, Any]], clip: dict[str, Any], timeline: Timeline
+) -> None:
+    """One step of optimizer ``number`` with all servers at once, and what it cost: see :meth:`WorkerClient.step`."""
+    timeline.gradients_ready()
+    start_ns = time.perf_counter_ns()
+    num_bytes = sum(client.push(number, groups, clip) for client in clients)
+    pushed_ns = time.perf_counter_ns()
+    pulls = [client.pull(number) for client in clients]
+    end_ns = time.perf_counter_ns()
+    timeline.synchronized()
+    timeline.add_span(start_ns, end_ns, num_bytes + sum(pulled for _, pulled, _ in pulls))
+    first_ns = min(first for first, _, _ in pulls)
+    slowest = {name: max(times[name] for _, _, times in pulls) for name in pulls[0][2]}
+    push_ms = max((pushed_ns - start_ns) / 1e6, slowest["receive_ms"])
+    pull_ms = (end_ns - first_ns) / 1e6
+    timeline.add_parts(
+        push_ms=push_ms,
+        pull_ms=pull_ms,
+        wait_ms=max(0.0, (end_ns - start_ns) / 1e6 - push_ms - pull_ms - slowest["optimizer_ms"]),
+        server_optimizer_ms=slowest["optimizer_ms"],
+        **{name: slowest[name] for name in ("staleness",) if name in slowest},
+    )

@@ -4,10 +4,10 @@ A message is a fixed header, a JSON text and at most one tensor payload, three Z
 named as in :mod:`.client` and :mod:`.server`:
 
 1. *hello*: every worker sends its tensor table; the server compares it with its own and refuses by name.
-2. *init*: worker 0 sends the values the run starts from; the server answers everybody with *welcome*.
+2. *init*: worker 0 sends the values the run starts from; the server then answers everybody with *welcome*.
 3. *step*, repeated: *step* (learning rates, clipping, which parameters have gradients), then *push* parts;
-   the server averages, steps and answers with *pull* parts and *done*. A worker may ask for, or set, the
-   optimizer state between two steps (*get_state*, *set_state*).
+   the server steps and answers with *pull* parts and *done*. Between two steps a worker may ask for the current
+   parameters (*fetch*, answered alike), and ask for or set the optimizer state (*get_state*, *set_state*).
 4. *bye*: each worker leaves; the server ends when all have. *fail* instead carries an error text.
 """
 
@@ -37,6 +37,7 @@ class Kind(IntEnum):
     STATE = 10
     BYE = 11
     FAIL = 12
+    FETCH = 13
 
 
 class ProtocolError(Exception):

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from .client import WorkerClient
+from .servers_client import ServersClient
 
 _NO_CLIPPING = {"algorithm": None, "value": 0.0}
 
@@ -28,7 +29,7 @@ class RemoteOptimizer(Optimizer):
         number: Index among the module's optimizers.
     """
 
-    def __init__(self, inner: Optimizer, client: WorkerClient, number: int) -> None:
+    def __init__(self, inner: Optimizer, client: WorkerClient | ServersClient, number: int) -> None:
         super().__init__(inner.param_groups, dict(inner.defaults))
         self._inner = inner
         self._client = client
@@ -64,13 +65,25 @@ class RemoteOptimizer(Optimizer):
         """The state dict of the optimizer on the server. Blocks; only one worker needs to ask."""
         state = self._client.get_state(self._number)
         # The server knows the settings of the last push; a scheduler may have changed them since.
+        first = 0
         for saved, group in zip(state["param_groups"], self.param_groups, strict=True):
-            saved.update({key: value for key, value in group.items() if key != "params"})
+            saved.update(group)
+            saved["params"] = list(range(first, first + len(group["params"])))
+            first += len(group["params"])
         return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the server's optimizer and this worker's parameter-group settings."""
+        """Restore the server's optimizer and this worker's parameter-group settings.
+
+        Raises:
+            ValueError: it belongs to parameter groups of other sizes.
+        """
+        sizes = [
+            [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the optimizer state is for parameter groups of {sizes[0]} tensors, not {sizes[1]}")
         self._client.set_state(self._number, state_dict)
         self.load_settings(state_dict)
 

@@ -1,22 +1,26 @@
-"""The parameter server: one thread that receives gradients, steps the optimizers and answers with parameters."""
+"""The parameter server: one thread that receives gradients, steps the optimizers and answers with parameters.
+
+Here is what all modes share; :mod:`.sync_server` and :mod:`.async_server` say when a push becomes a step.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any
 
 import torch
 import zmq
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..buckets import Bucket
+from ..buckets import Bucket, BufferSpec
 from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
-from .aggregator import Aggregator
-from .naive import NaivePeers
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
+from .served import ServedOptimizer
 from .shared_buckets import SharedBuffers, attach
 
 _POLL_MS = 200
@@ -36,6 +40,8 @@ class ServerStatistics:
     reduce_ms: float = 0.0
     optimizer_ms: float = 0.0
     total_steps: int = 0
+    staleness: Counter[int] = field(default_factory=Counter)
+    """How many steps were taken with gradients that so many other steps had overtaken."""
     since: float = field(default_factory=time.perf_counter)
 
     def take(self) -> dict[str, float]:
@@ -47,25 +53,26 @@ class ServerStatistics:
         }
         means["steps_per_s"] = self.num_steps / max(1e-9, now - self.since)
         means["total_steps"] = self.total_steps
+        means["staleness"] = sum(k * n for k, n in self.staleness.items()) / steps
+        means["max_staleness"] = max(self.staleness, default=0)
         self.num_steps, self.num_bytes, self.since = 0, 0, now
         self.receive_ms = self.reduce_ms = self.optimizer_ms = 0.0
+        self.staleness.clear()
         return means
 
 
-@final
-class ParameterServer:
+class ParameterServer(ABC):
     """Serves one fit to ``num_workers`` workers over a bound ROUTER socket; see :mod:`.protocol` for the phases.
 
     Args:
         socket: Bound; workers' routing ids are their ranks as ASCII digits. The caller closes it.
         optimizers: With the parameters to serve, in the same order as on the workers; may be empty (validation).
         named_parameters: Per optimizer, its parameters with their names.
-        num_workers: All of them must say hello, and take part in every step.
-        timeout_s: Seconds to wait for the last worker once the first has begun (hello, or a step).
-        part_mib: Message size in MiB, as the workers'.
+        num_workers: All of them must say hello.
+        timeout_s: Seconds to wait for a worker that others wait for.
+        part_mib: Size of a part in MiB, as the workers'.
         watch: Called a few times per second; raises if a worker process is known to have ended.
         on_step: Called after every step with the statistics.
-        naive: Moves gradients and parameters instead of the socket, if given.
         shared: Tensors go through memory shared with the workers, which are on this host.
 
     Raises:
@@ -82,30 +89,51 @@ class ParameterServer:
         part_mib: float,
         watch: Callable[[], None],
         on_step: Callable[[ServerStatistics], None],
-        naive: NaivePeers | None = None,
         shared: bool = False,
     ) -> None:
         self._socket = socket
         self._tables = [table_of(named) for named in named_parameters]
-        self._shared = [SharedBuffers(num_workers + 1) for _ in optimizers] if shared else None
-        allocators = [s.allocate for s in self._shared] if self._shared else [None] * len(optimizers)
-        self._aggregators = [
-            Aggregator(optimizer, [p for _, p in named], num_workers, part_mib, allocate, are_scaled=shared)
-            for optimizer, named, allocate in zip(optimizers, named_parameters, allocators, strict=True)
-        ]
-        self._pushed: dict[int, list[list[Tensor]]] = {}
-        """Per worker and optimizer, the shared buffers to which it writes its gradients."""
-        self._init_parts = sum(len(list(a.layout.all_parts())) for a in self._aggregators)
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._watch = watch
         self._on_step = on_step
-        self._naive = naive
+        self._shared = [SharedBuffers(num_workers + 1) for _ in optimizers] if shared else None
+        allocators = [s.allocate for s in self._shared] if self._shared else [None] * len(optimizers)
+        self.served: list[ServedOptimizer] = [
+            self._serve_optimizer(optimizer, [p for _, p in named], part_mib, allocate)
+            for optimizer, named, allocate in zip(optimizers, named_parameters, allocators, strict=True)
+        ]
+        self._pushed: dict[int, list[list[Tensor]]] = {}
+        """Per worker and optimizer, the shared buffers to which it writes its gradients."""
+        self._init_parts = sum(len(list(served.layout.all_parts())) for served in self.served)
         self._greeted: set[int] = set()
         self._left: dict[int, Any] = {}
         self._waiting_since: float | None = time.monotonic()
-        self._pushed_at: dict[int, tuple[int, int]] = {}
         self.statistics = ServerStatistics()
+
+    # -- what a mode decides ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _serve_optimizer(
+        self,
+        optimizer: Optimizer,
+        parameters: list[Tensor],
+        part_mib: float,
+        allocate: Callable[[list[BufferSpec]], list[Tensor]] | None,
+    ) -> ServedOptimizer:
+        """What holds the gradients for ``optimizer`` until it steps."""
+
+    @abstractmethod
+    def _step(self, worker: int, message: Message) -> None:
+        """A worker announces a push."""
+
+    @abstractmethod
+    def _push(self, worker: int, message: Message) -> None:
+        """A part of it has come."""
+
+    @abstractmethod
+    def _late_workers(self) -> set[int]:
+        """For whom the others wait since ``_waiting_since``."""
 
     def serve(self) -> tuple[Any, Any]:
         """Block until every worker has said bye; return worker 0's farewell: ``(info, unpacked tree)``.
@@ -133,7 +161,7 @@ class ParameterServer:
         message = Message.parse([frame.buffer for frame in frames[1:]])
         if worker not in range(self._num_workers):
             raise ProtocolError(f"worker {worker} is not one of the {self._num_workers} expected")
-        if message.optimizer >= max(1, len(self._aggregators)):
+        if message.optimizer >= max(1, len(self.served)):
             raise ProtocolError(f"worker {worker} names optimizer {message.optimizer}, which does not exist")
         _HANDLERS[message.kind](self, worker, message)
 
@@ -153,7 +181,7 @@ class ParameterServer:
             return
         missing, what = set(range(self._num_workers)) - self._greeted, "did not say hello"
         if not missing:
-            missing = set().union(*(a.missing_workers() for a in self._aggregators if a.announced))
+            missing = self._late_workers()
             what = "did not push the step that the others wait for"
         raise WorkerFailed(
             f"worker(s) {', '.join(map(str, sorted(missing)))} {what} within {self._timeout_s:g} s; "
@@ -174,15 +202,14 @@ class ParameterServer:
         if difference is not None:
             raise WorkerFailed(f"worker {worker} trains another model than the server: {difference}")
         if self._shared:
-            memory = zip(message.info["memory"], self._aggregators, strict=True)
-            self._pushed[worker] = [attach(handle, aggregator.layout.specs) for handle, aggregator in memory]
+            self._take_memory(worker, message.info["memory"])
         self._welcome()
 
     def _init(self, worker: int, message: Message) -> None:
         if worker != 0:
             raise ProtocolError(f"worker {worker} sends initial values, which only worker 0 may")
         payload = self._payload(worker, message)
-        target = self._aggregators[message.optimizer].part(message.bucket, message.part, payload)
+        target = self.served[message.optimizer].part(message.bucket, message.part, payload)
         with torch.no_grad():
             target.copy_(tensor_from(payload, target.dtype))
         self._init_parts -= 1
@@ -195,82 +222,68 @@ class ParameterServer:
             memory = [shared.handle() for shared in self._shared] if self._shared else None
             self._tell_all(Message(Kind.WELCOME, info=memory))
 
+    def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
+        """A worker tells where its memory is."""
+        self._pushed[worker] = self._attach(memory["pushed"])
+
+    def _attach(self, handles: list[dict[str, Any]]) -> list[list[Tensor]]:
+        """A worker's buffers, per optimizer."""
+        return [attach(h, served.layout.specs) for h, served in zip(handles, self.served, strict=True)]
+
     def _payload(self, worker: int, message: Message) -> Any:
         """The bytes that came with a message, or that it says are in the worker's shared memory."""
         if not self._shared:
             return message.payload
-        layout = self._aggregators[message.optimizer].layout
+        layout = self.served[message.optimizer].layout
         try:
             start, end = layout.parts(layout.buckets[message.bucket])[message.part]
         except IndexError:
             raise ProtocolError(f"worker {worker} names bucket {message.bucket} part {message.part}: no such") from None
         return tensor_bytes(self._pushed[worker][message.optimizer][message.bucket][start:end])
 
-    # -- phase: step -----------------------------------------------------------------------------------------
-
-    def _step(self, worker: int, message: Message) -> None:
-        aggregator = self._aggregators[message.optimizer]
-        aggregator.begin(worker, message.info)
-        self._waiting_since = time.monotonic()
-        now = time.perf_counter_ns()
-        self._pushed_at[worker] = (now, now)
-        if len(aggregator.announced) < self._num_workers:
-            return
-        if self._naive is None:
-            self._advance(message.optimizer, None)
-        else:
-            self.statistics.num_bytes += aggregator.step_naively(self._naive)
-            self._finish_step(message.optimizer)
-
-    def _push(self, worker: int, message: Message) -> None:
-        payload = self._payload(worker, message)
-        self._aggregators[message.optimizer].add(worker, message.bucket, message.part, payload)
-        self._pushed_at[worker] = (self._pushed_at[worker][0], time.perf_counter_ns())
-        self.statistics.num_bytes += len(payload)
-        self._advance(message.optimizer, message.bucket)
-
-    def _advance(self, number: int, bucket_index: int | None) -> None:
-        aggregator = self._aggregators[number]
-        for bucket, changed in aggregator.advance(bucket_index):
-            if changed:
-                self._answer(number, bucket)
-        if aggregator.finished:
-            self._finish_step(number)
-
-    def _answer(self, number: int, bucket: Bucket) -> None:
-        aggregator = self._aggregators[number]
-        for part, (start, end) in enumerate(aggregator.layout.parts(bucket)):
-            # No tracker: workers push the next step only after they have received all of this one.
-            payload = tensor_bytes(aggregator.values(bucket, start, end).cpu())
-            message = Message(Kind.PULL, number, bucket.index(), part, payload=None if self._shared else payload)
-            for worker in range(self._num_workers):
-                self._send(worker, message)
-                self.statistics.num_bytes += len(payload)
-
-    def _finish_step(self, number: int) -> None:
-        aggregator, stats = self._aggregators[number], self.statistics
-        receive_ms = {w: (last - first) / 1e6 for w, (first, last) in self._pushed_at.items()}
-        times = {"reduce_ms": aggregator.reduce_ms, "optimizer_ms": aggregator.optimizer_ms}
-        for worker in range(self._num_workers):
-            self._send(worker, Message(Kind.DONE, number, info={"receive_ms": receive_ms[worker], **times}))
-        aggregator.reset()
-        self._waiting_since = None
+    def _count_step(self, times: dict[str, float], staleness: int = 0) -> None:
+        stats = self.statistics
         stats.num_steps += 1
         stats.total_steps += 1
-        stats.receive_ms += max(receive_ms.values())
+        stats.receive_ms += times["receive_ms"]
         stats.reduce_ms += times["reduce_ms"]
         stats.optimizer_ms += times["optimizer_ms"]
+        stats.staleness[staleness] += 1
         self._on_step(stats)
+
+    # -- values ----------------------------------------------------------------------------------------------
+
+    def _fetch(self, worker: int, message: Message) -> None:
+        for bucket in self.served[message.optimizer].layout.buckets:
+            self._send_values(message.optimizer, bucket, [worker])
+        self._send(worker, Message(Kind.DONE, message.optimizer, info={}))
+
+    def _send_values(self, number: int, bucket: Bucket, workers: Iterable[int]) -> None:
+        """The bucket's current parameters, to ``workers``."""
+        served = self.served[number]
+        for part, (start, end) in enumerate(served.layout.parts(bucket)):
+            values = served.values(bucket, start, end)
+            for worker in workers:
+                payload = self._reply(worker, number, bucket.index(), start, values)
+                self._send(worker, Message(Kind.PULL, number, bucket.index(), part, payload=payload))
+                self.statistics.num_bytes += values.nbytes
+
+    @abstractmethod
+    def _reply(self, worker: int, number: int, bucket_index: int, start: int, values: Tensor) -> Any:
+        """The bytes of ``values`` for a message; None once they are in shared memory where the worker reads them."""
 
     # -- optimizer state -------------------------------------------------------------------------------------
 
     def _get_state(self, worker: int, message: Message) -> None:
-        info, payload = pack_tree(self._aggregators[message.optimizer].optimizer.state_dict())
+        info, payload = pack_tree(self.served[message.optimizer].optimizer.state_dict())
         self._send(worker, Message(Kind.STATE, message.optimizer, info=info, payload=payload))
 
     def _set_state(self, worker: int, message: Message) -> None:
         state = unpack_tree(message.info, message.payload)
-        self._aggregators[message.optimizer].optimizer.load_state_dict(state)
+        optimizer = self.served[message.optimizer].optimizer
+        own = optimizer.state_dict()["param_groups"]  # of several servers each has other parameters in the groups
+        groups = [{**saved, "params": group["params"]} for saved, group in zip(state["param_groups"], own, strict=True)]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
         self._send(worker, Message(Kind.STATE, message.optimizer))
 
     # -- phase: bye ------------------------------------------------------------------------------------------
@@ -284,7 +297,7 @@ class ParameterServer:
 
     def release(self) -> None:
         """Give every parameter memory of its own again, for whoever uses the model after the run."""
-        for aggregator in self._aggregators:
+        for aggregator in self.served:
             for group in aggregator.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.data = parameter.data.clone()
@@ -295,10 +308,11 @@ class ParameterServer:
 _HANDLERS: dict[Kind, Callable[[ParameterServer, int, Message], None]] = {
     Kind.HELLO: ParameterServer._hello,
     Kind.INIT: ParameterServer._init,
-    Kind.STEP: ParameterServer._step,
-    Kind.PUSH: ParameterServer._push,
+    Kind.STEP: lambda server, worker, message: server._step(worker, message),
+    Kind.PUSH: lambda server, worker, message: server._push(worker, message),
+    Kind.FETCH: ParameterServer._fetch,
     Kind.GET_STATE: ParameterServer._get_state,
     Kind.SET_STATE: ParameterServer._set_state,
-    Kind.BYE: ParameterServer._bye,
+    Kind.BYE: lambda server, worker, message: server._bye(worker, message),
     Kind.FAIL: ParameterServer._fail,
 }

@@ -22,7 +22,7 @@ from ..hosts import hosts_of
 from . import semaphore
 from .segment import Segment, SharedMemoryError
 
-NUM_BELLS = 2
+NUM_BELLS = 4
 """Rings of different bells are counted apart, so that phases of several operations may overlap."""
 
 _SLICE_S = 0.2

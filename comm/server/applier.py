@@ -1,0 +1,103 @@
+"""Async and bounded mode: every push is one optimizer step of its own, taken when all of it is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from ..buckets import Bucket, BufferSpec, make_buckets
+from ..packing import tensor_from
+from .protocol import ProtocolError
+from .served import ServedOptimizer
+
+
+@dataclass
+class _Push:
+    """What one worker has pushed so far of a step."""
+
+    info: dict[str, Any]
+    missing: set[tuple[int, int]]
+    frames: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+
+@final
+class Applier(ServedOptimizer):
+    """Holds pushes until they are applied, one after the other: nobody ever sees half a step.
+
+    Gradients are not divided by the number of workers: each is a step by itself.
+    See :class:`.ServedOptimizer` for the arguments.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: list[Tensor],
+        num_workers: int,
+        part_mib: float,
+        allocate: Callable[[list[BufferSpec]], list[Tensor]] | None = None,
+    ) -> None:
+        super().__init__(optimizer, parameters, num_workers, part_mib, allocate)
+        self._pushes: dict[int, _Push] = {}
+        self._shared: dict[int, list[Bucket]] = {}
+        self.version = 0
+        """Steps taken so far."""
+
+    def attach(self, worker: int, buffers: list[Tensor]) -> None:
+        """``worker`` writes its gradients to ``buffers``, one per bucket: they need no copy."""
+        self._shared[worker] = make_buckets([b.parameters() for b in self.layout.buckets], buffers)
+
+    @override
+    def begin(self, worker: int, info: Any) -> None:
+        self._check_used(worker, info["used"])
+        if worker in self._pushes:
+            raise ProtocolError(f"worker {worker} announced a step twice")
+        self._pushes[worker] = _Push(info, {(b.index(), part) for b, part in self._parts(info["used"])})
+
+    def _parts(self, used: list[list[bool]]) -> Iterator[tuple[Bucket, int]]:
+        for bucket, part, _, _ in self.layout.all_parts():
+            if any(used[bucket.index()]):
+                yield bucket, part
+
+    @override
+    def add(self, worker: int, bucket_index: int, part: int, payload: Any) -> None:
+        push = self._pushes.get(worker)
+        if push is None or (bucket_index, part) not in push.missing:
+            raise ProtocolError(f"worker {worker} pushed bucket {bucket_index} part {part} out of turn")
+        self.part(bucket_index, part, payload)
+        push.frames[bucket_index, part] = payload
+        push.missing.remove((bucket_index, part))
+
+    def is_complete(self, worker: int) -> bool:
+        """Whether all parts of the worker's announced push are here."""
+        return not self._pushes[worker].missing
+
+    @torch.no_grad()
+    def apply(self, worker: int, lr_factor: float = 1.0) -> None:
+        """Step by the worker's complete push, with its learning rates times ``lr_factor``."""
+        push = self._pushes.pop(worker)
+        self._take_settings([_scale_lr(group, lr_factor) for group in push.info["groups"]])
+        self.reduce_ms = self.optimizer_ms = 0.0
+        for bucket in self._gradients(worker, push):
+            served = self.layout.buckets[bucket.index()]
+            self._set_gradients(served, bucket.views, push.info["used"][bucket.index()])
+        self._step(push.info["clip"])
+        self.version += 1
+
+    def _gradients(self, worker: int, push: _Push) -> Iterator[Bucket]:
+        """The buckets that have gradients."""
+        for bucket in self._shared.get(worker, self.layout.buckets):
+            if any(push.info["used"][bucket.index()]):
+                for part, (start, end) in enumerate(self.layout.parts(bucket) if worker not in self._shared else []):
+                    out = bucket.buffer()[start:end]
+                    out.copy_(tensor_from(push.frames[bucket.index(), part], out.dtype))
+                yield bucket
+
+
+def _scale_lr(group: dict[str, Any], factor: float) -> dict[str, Any]:
+    return {**group, "lr": group["lr"] * factor} if "lr" in group and factor != 1.0 else group

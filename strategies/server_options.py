@@ -1,0 +1,100 @@
+"""The options of the parameter server: checked before any process starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from ..errors import UserError
+
+_TRANSPORTS = ("auto", "shared_memory", "ipc", "tcp", "naive")
+_MODES = ("sync", "async", "bounded")
+_FLAG = "--trainer.strategy."
+_DEFAULT_STALENESS = 4
+
+
+@final
+@dataclass(frozen=True)
+class ServerOptions:
+    """See :class:`.ParameterServerStrategy`.
+
+    Raises:
+        UserError: an option has a value that no run can use, or that the others contradict.
+    """
+
+    transport: str = "auto"
+    part_mib: float | None = None
+    servers: int = 1
+    mode: str = "sync"
+    staleness: int | None = None
+    staleness_correction: bool = False
+    record_schedule: Path | None = None
+    replay_schedule: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("transport", self.transport, _TRANSPORTS), ("mode", self.mode, _MODES)):
+            if value not in known:
+                raise UserError(f"{_FLAG}{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.part_mib is not None and self.part_mib <= 0:
+            raise UserError(f"{_FLAG}part_mib must be > 0 MiB, got {self.part_mib}")
+        if self.servers < 1:
+            raise UserError(f"{_FLAG}servers must be >= 1, got {self.servers}")
+        if self.servers > 1 and self.transport == "naive":
+            raise UserError(f"{_FLAG}transport naive knows one server only, got {_FLAG}servers {self.servers}")
+        if self.staleness is not None and self.mode != "bounded":
+            raise UserError(f"{_FLAG}staleness is the bound of {_FLAG}mode bounded, but the mode is {self.mode}")
+        if self.staleness is not None and self.staleness < 0:
+            raise UserError(f"{_FLAG}staleness must be >= 0 steps (0: sync), got {self.staleness}")
+        if self.is_sync:
+            for name in ("staleness_correction", "record_schedule", "replay_schedule"):
+                if getattr(self, name):
+                    raise UserError(f"{_FLAG}{name} needs {_FLAG}mode async or bounded")
+        elif self.servers > 1 and (self.record_schedule or self.replay_schedule):
+            raise UserError(f"{_FLAG}record_schedule and replay_schedule need {_FLAG}servers 1")
+        elif self.transport == "naive":
+            raise UserError(f"{_FLAG}transport naive knows the mode sync only")
+
+    @property
+    def is_sync(self) -> bool:
+        """Whether all workers take part in every step."""
+        return self.mode == "sync" or (self.mode == "bounded" and self.staleness == 0)
+
+    @property
+    def bound(self) -> int | None:
+        """How many steps a worker may be ahead of the slowest; None for any number."""
+        if self.mode != "bounded":
+            return None
+        return _DEFAULT_STALENESS if self.staleness is None else self.staleness
+
+    def shown(self) -> dict[str, Any]:
+        """For banners and result files."""
+        options: dict[str, Any] = {"transport": self.transport, "part_mib": self.part_mib}
+        options |= {"servers": self.servers, "mode": self.mode}
+        if not self.is_sync:
+            options |= {"staleness": self.bound, "staleness_correction": self.staleness_correction}
+        return options
+
+    def write_schedule(self, workers: list[int]) -> None:
+        """Write what was applied, if that is wanted."""
+        if self.record_schedule is not None:
+            part = self.record_schedule.with_name(f"{self.record_schedule.name}.part")
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(workers))
+            part.replace(self.record_schedule)
+
+    def schedule(self) -> list[int]:
+        """The order of workers to apply pushes in; empty for the order of arrival.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        if self.replay_schedule is None:
+            return []
+        try:
+            return [int(worker) for worker in json.loads(self.replay_schedule.read_text())]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{_FLAG}replay_schedule: {self.replay_schedule} is no recorded schedule: {error}"
+            ) from error

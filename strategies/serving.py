@@ -1,0 +1,161 @@
+"""The server's side of a run: what serves, who watches the workers, and what the server says."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+import zmq
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..comm.server import AsyncServer, ParameterServer, ServerStatistics, SyncServer, WorkerFailed
+from ..comm.server.naive import NaivePeers
+from ..comm.server.servers_client import Named, name_pieces, pieces_of
+from ..comm.server.shards import Cut
+from .server_options import ServerOptions
+
+PROGRESS_KEY = "steps"
+_PROGRESS_S = 1.0
+"""How often an async server tells how far it is."""
+
+
+@final
+class Serving:
+    """Serves one fit, evaluation or prediction in a server's process.
+
+    Args:
+        number: Of this server.
+        store: Of this run.
+        socket: Bound.
+        num_workers: How many push.
+        timeout: How long a worker may keep others waiting.
+        part_mib: Size of a part.
+        shared: Whether tensors go through shared memory.
+        log_every: Steps between two lines on the console; 0 for none.
+        first_exit: (process rank, exit code) of a process of the run that has failed.
+    """
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        number: int,
+        store: dist.Store,
+        socket: zmq.Socket[bytes],
+        num_workers: int,
+        timeout: timedelta,
+        part_mib: float,
+        shared: bool,
+        log_every: int,
+        first_exit: Callable[[], tuple[int, int] | None],
+        naive: NaivePeers | None,
+    ) -> None:
+        self._options = options
+        self._number = number
+        self._store = store
+        self._socket = socket
+        self._num_workers = num_workers
+        self._timeout = timeout
+        self._part_mib = part_mib
+        self._shared = shared
+        self._log_every = log_every
+        self._first_exit = first_exit
+        self._naive = naive
+        self._applied: list[int] = []
+        self._told_progress = 0.0
+
+    def serve(self, optimizers: list[Optimizer], named: list[Named], cuts: list[list[list[Cut]]]) -> tuple[Any, Any]:
+        """Block until all workers have left; worker 0's last words.
+
+        Args:
+            optimizers: As configured. While this blocks their groups hold what this server serves.
+            named: Per optimizer, all its parameters with their names.
+            cuts: Per optimizer and server, what that serves.
+
+        Raises:
+            WorkerFailed: naming the worker.
+        """
+        pieces = pieces_of(named, cuts, self._number)
+        whole = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        for optimizer, own, groups in zip(optimizers, pieces, whole, strict=True):
+            of_group = {p: index for index, group in enumerate(groups) for p in group}
+            for index, group in enumerate(optimizer.param_groups):
+                group["params"] = [piece.tensor for piece in own if of_group[piece.parameter] == index]
+        server = self._make_server(optimizers, name_pieces(named, pieces))
+        try:
+            return server.serve()
+        finally:
+            self._options.write_schedule(self._applied)
+            server.release()
+            for optimizer, groups in zip(optimizers, whole, strict=True):
+                for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+                    group["params"] = parameters
+
+    def _make_server(self, optimizers: list[Optimizer], named: list[list[tuple[str, Tensor]]]) -> ParameterServer:
+        common = (
+            *(self._socket, optimizers, named, self._num_workers, self._timeout.total_seconds(), self._part_mib),
+            *(self.watch, self._report, self._shared),
+        )
+        if not self._options.is_sync:
+            return AsyncServer(
+                *common,
+                staleness=self._options.bound,
+                corrects_staleness=self._options.staleness_correction,
+                schedule=self._options.schedule(),
+                on_apply=self._note_applied,
+            )
+        server = SyncServer(*common, naive=self._naive)
+        if self._options.servers > 1:
+            add = self._make_sum()
+            for served in server.served:
+                served.sum_over_servers = add
+        return server
+
+    def _make_sum(self) -> Callable[[float], float]:
+        """Adds up a number over all servers, which are all in the same step. Blocks until they are here."""
+        store = dist.PrefixStore("servers", self._store)
+        group: Any = dist.ProcessGroupGloo(store, self._number, self._options.servers, self._timeout)
+
+        def add(value: float) -> float:
+            total = torch.tensor([value], dtype=torch.float64)
+            group.allreduce([total]).wait()
+            return total.item()
+
+        return add
+
+    def _note_applied(self, worker: int) -> None:
+        if self._options.record_schedule is not None:
+            self._applied.append(worker)
+
+    def watch(self) -> None:
+        """Raise WorkerFailed if a process that this one started has ended with an error."""
+        if (ended := self._first_exit()) is not None:
+            rank, code = ended
+            who = f"worker {rank - self._options.servers}" if rank >= self._options.servers else f"server {rank}"
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise WorkerFailed(f"{who} {how}")
+
+    def _report(self, statistics: ServerStatistics) -> None:
+        if not self._options.is_sync and time.monotonic() > self._told_progress + _PROGRESS_S:
+            self._told_progress = time.monotonic()
+            self._store.set(PROGRESS_KEY, str(statistics.total_steps))
+        if not self._log_every or statistics.total_steps % self._log_every:
+            return
+        means = statistics.take()
+        name = f"server {self._number}" if self._options.servers > 1 else "server"
+        print(
+            f"{name}: step {means['total_steps']} | {means['steps_per_s']:.2f} steps/s | "
+            f"{means['num_bytes'] / 1e6:.1f} MB in and out per step | receive {means['receive_ms']:.0f} ms, "
+            f"reduce {means['reduce_ms']:.0f} ms, optimizer {means['optimizer_ms']:.0f} ms"
+            + (
+                ""
+                if self._options.is_sync
+                else f" | staleness {means['staleness']:.1f}, max {means['max_staleness']:.0f}"
+            ),
+            flush=True,
+        )
