@@ -87,12 +87,12 @@ class Recorder(Callback):
         self.top1_pct.append(float(trainer.callback_metrics["val/top1"]))
 
 
-def _trainer(processes: int, mode: dict[str, Any], recorder: list[Callback], **options: Any) -> pl.Trainer:
+def _trainer(processes: int, mode: dict[str, Any], callbacks: list[Callback], **options: Any) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
         devices=processes,
         strategy=ParameterServerStrategy(server_log_every_n_steps=0, **mode),
-        callbacks=recorder,
+        callbacks=callbacks,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,

@@ -241,6 +241,8 @@ class CollectiveStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         if self.in_lockstep:
             self._share_buffers(due_next=not self._accumulating and self.lightning_module.automatic_optimization)
+        else:
+            self._buffers_due = True
         return super().training_step(*args, **kwargs)
 
     @override
@@ -272,8 +274,12 @@ class CollectiveStrategy(ParallelStrategy):
         """Broadcast rank 0's buffers if a synchronizing training step came before, as DDP's forward does."""
         if self._broadcast_buffers and self._buffers_due:
             assert self.model is not None
-            self.control.share(self.model.buffers())
+            self.control.share(self.model.buffers(), self._rank_with_buffers())
         self._buffers_due = due_next
+
+    def _rank_with_buffers(self) -> int:
+        """Whose buffers all ranks take over."""
+        return 0
 
     # -- control plane ---------------------------------------------------------------------------------------
 

@@ -40,8 +40,8 @@ class ControlPlane(ABC):
         """Every training process's ``data``, in rank order; blocks."""
 
     @abstractmethod
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Give every training process rank 0's values, in place; blocks."""
+    def share(self, tensors: Iterable[Tensor], src: int = 0) -> None:
+        """Give every training process rank ``src``'s values, in place; blocks."""
 
 
 @final
@@ -75,7 +75,8 @@ class GroupControlPlane(ControlPlane):
         return all_gather_bytes(data)
 
     @override
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def share(self, tensors: Iterable[Tensor], src: int = 0) -> None:
+        assert src == 0, "ranks in lockstep have the same right to theirs"
         broadcast_tensors(tensors)
 
 
@@ -104,5 +105,5 @@ class LocalControlPlane(ControlPlane):
         return [data]
 
     @override
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def share(self, tensors: Iterable[Tensor], src: int = 0) -> None:
         return

@@ -324,6 +324,15 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._fetch()
         return super().validation_step(*args, **kwargs)
 
+    @override
+    def _rank_with_buffers(self) -> int:
+        """Of workers at different paces the last one to step: statistics of the others are of older parameters."""
+        if self.in_lockstep:
+            return 0
+        assert self._client is not None
+        versions = [int(data) for data in self.control.all_gather_bytes(str(self._client.version).encode())]
+        return versions.index(max(versions))
+
     def _fetch(self) -> None:
         assert self._client is not None
         self._client.fetch()

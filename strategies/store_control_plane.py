@@ -130,12 +130,12 @@ class StoreControlPlane(ControlPlane):
         return self._gather(obj if self._rank == src else None)[src]
 
     @override
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def share(self, tensors: Iterable[Tensor], src: int = 0) -> None:
         mine = list(tensors)
-        first = self._gather([t.detach() for t in mine] if self._rank == 0 else None)[0]
-        if self._rank != 0:
+        shared = self._gather([t.detach() for t in mine] if self._rank == src else None)[src]
+        if self._rank != src:
             with torch.no_grad():
-                for tensor, value in zip(mine, first, strict=True):
+                for tensor, value in zip(mine, shared, strict=True):
                     tensor.copy_(value)
 
     @override

@@ -639,6 +639,7 @@ def _told(rank: int, transport: str, when: str) -> None:
 
 def _refused(rank: int, what: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.barrier()  # rank 0 hosts the store: its refusal must not end the group before the other is in it
     net = Net()
     cls = torch.optim.LBFGS if what == "lbfgs" else torch.optim.SGD
     if what == "unfrozen":

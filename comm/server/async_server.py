@@ -140,7 +140,7 @@ class AsyncServer(ParameterServer):
         for bucket in self.served[number].layout.buckets:  # others may have changed all of them
             self._send_values(number, bucket, [worker])
         self._versions[worker][number] = self.served[number].version
-        self._send(worker, Message(Kind.DONE, number, info=times))
+        self._send(worker, Message(Kind.DONE, number, info={**times, "version": sum(self.clocks.values())}))
 
     @override
     def _reply(self, worker: int, number: int, bucket_index: int, start: int, values: Tensor) -> Any:

@@ -71,6 +71,8 @@ class WorkerClient:
         """Per optimizer, where new parameters are read in shared memory: the server's own, or this worker's inbox."""
         self._scale = 1.0 / sharing_workers if sharing_workers and in_lockstep else 1.0
         self._num_steps = 0
+        self.version = 0
+        """Steps of all workers that these parameters have seen; counted in async and bounded mode."""
         self._rank = rank
         self._timeout_s = timeout_s + _GRACE_S
         self._timeline = timeline
@@ -228,6 +230,7 @@ class WorkerClient:
             message = self._receive()
             first_ns = first_ns or time.perf_counter_ns()
             if message.kind == Kind.DONE:
+                self.version = message.info.get("version", self.version)
                 return first_ns, num_bytes, message.info
             if message.kind != Kind.PULL or message.optimizer != number:
                 raise ProtocolError(f"expected PULL from the server, got {message.kind.name}")

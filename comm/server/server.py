@@ -105,7 +105,12 @@ class ParameterServer(ABC):
         ]
         self._pushed: dict[int, list[list[Tensor]]] = {}
         """Per worker and optimizer, the shared buffers to which it writes its gradients."""
-        self._init_parts = sum(len(list(served.layout.all_parts())) for served in self.served)
+        self._init_parts = {
+            (number, bucket.index(), part)
+            for number, served in enumerate(self.served)
+            for bucket, part, _, _ in served.layout.all_parts()
+        }
+        """What is missing of the values to start from."""
         self._greeted: set[int] = set()
         self._left: dict[int, Any] = {}
         self._waiting_since: float | None = time.monotonic()
@@ -163,6 +168,10 @@ class ParameterServer(ABC):
             raise ProtocolError(f"worker {worker} is not one of the {self._num_workers} expected")
         if message.optimizer >= max(1, len(self.served)):
             raise ProtocolError(f"worker {worker} names optimizer {message.optimizer}, which does not exist")
+        if message.kind not in _HANDLERS:
+            raise ProtocolError(f"worker {worker} sends {message.kind.name}, which only the server may")
+        if worker not in self._greeted and message.kind not in (Kind.HELLO, Kind.FAIL):
+            raise ProtocolError(f"worker {worker} sends {message.kind.name} before it said hello")
         _HANDLERS[message.kind](self, worker, message)
 
     def _send(self, worker: int, message: Message) -> None:
@@ -212,12 +221,12 @@ class ParameterServer(ABC):
         target = self.served[message.optimizer].part(message.bucket, message.part, payload)
         with torch.no_grad():
             target.copy_(tensor_from(payload, target.dtype))
-        self._init_parts -= 1
+        self._init_parts.discard((message.optimizer, message.bucket, message.part))
         self._welcome()
 
     def _welcome(self) -> None:
         """All have greeted and the values to start from are here: let everybody begin."""
-        if len(self._greeted) == self._num_workers and self._init_parts == 0:
+        if len(self._greeted) == self._num_workers and not self._init_parts:
             self._waiting_since = None
             memory = [shared.handle() for shared in self._shared] if self._shared else None
             self._tell_all(Message(Kind.WELCOME, info=memory))

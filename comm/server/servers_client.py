@@ -56,6 +56,11 @@ class ServersClient:
         self._parameters = parameters
         self._timeline = timeline
 
+    @property
+    def version(self) -> int:
+        """See :class:`.WorkerClient`; those of all servers together."""
+        return sum(client.version for client in self._clients)
+
     def start(self) -> None:
         for client in self._clients:
             client.start()
