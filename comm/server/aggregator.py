@@ -92,7 +92,7 @@ class Aggregator(ServedOptimizer):
             self._reduce(bucket)
             if self._open[index] == 0 and self._may_step_alone():
                 del self._open[index]
-                self._set_gradients(bucket, bucket.views, self._flags(bucket))
+                self._set_gradients(bucket, self._sum_of(bucket).views, self._flags(bucket))
                 self._step(self._info["clip"])
                 yield bucket, self._any_used(bucket)
         if self._open and not self._may_step_alone() and not any(self._open.values()):
@@ -123,6 +123,11 @@ class Aggregator(ServedOptimizer):
     def _any_used(self, bucket: Bucket) -> bool:
         return bool(self._pushers(bucket))
 
+    def _sum_of(self, bucket: Bucket) -> Bucket:
+        """Where the sum of ``bucket`` is made: in shared memory, where the first worker has pushed it."""
+        pushers = self._pushers(bucket)
+        return self._shared[pushers[0]][bucket.index()] if self._shared and pushers else bucket
+
     @torch.no_grad()
     def _reduce(self, bucket: Bucket) -> None:
         """Average every part of ``bucket`` for which all pushes are here."""
@@ -134,18 +139,16 @@ class Aggregator(ServedOptimizer):
             frames = self._frames.get((bucket.index(), part), {})
             if not pushers or len(frames) < len(pushers):
                 continue
-            out = bucket.buffer()[start:end]
+            out = self._sum_of(bucket).buffer()[start:end]
             self._sum([tensor_from(frames[worker], out.dtype).to(out.device) for worker in pushers], out)
             del self._frames[bucket.index(), part]
             self._open[bucket.index()] -= 1
         self.reduce_ms += (time.perf_counter_ns() - start_ns) / 1e6
 
     def _sum(self, terms: list[Tensor], out: Tensor) -> None:
-        """``out`` becomes the scaled sum of ``terms``, in their order."""
+        """``out``, which may be the first of ``terms``, becomes their scaled sum in their order."""
         first, *others = terms
-        if others and self._scale == 1.0:
-            torch.add(first, others.pop(0), out=out)
-        else:
+        if first.data_ptr() != out.data_ptr():
             torch.mul(first, self._scale, out=out)
         for term in others:
             out.add_(term, alpha=self._scale)
@@ -169,7 +172,7 @@ class Aggregator(ServedOptimizer):
 
     def _step_all(self) -> Iterator[tuple[Bucket, bool]]:
         for bucket in self.layout.buckets:
-            self._set_gradients(bucket, bucket.views, self._flags(bucket))
+            self._set_gradients(bucket, self._sum_of(bucket).views, self._flags(bucket))
         self._step(self._info["clip"])
         for bucket in self.layout.buckets:
             yield bucket, self._any_used(bucket)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ..buckets import Bucket, BufferSpec, make_buckets
+from ..buckets import Bucket, BufferSpec
 from ..packing import tensor_from
 from .protocol import ProtocolError
 from .served import ServedOptimizer
@@ -44,13 +44,8 @@ class Applier(ServedOptimizer):
     ) -> None:
         super().__init__(optimizer, parameters, num_workers, part_mib, allocate)
         self._pushes: dict[int, _Push] = {}
-        self._shared: dict[int, list[Bucket]] = {}
         self.version = 0
         """Steps taken so far."""
-
-    def attach(self, worker: int, buffers: list[Tensor]) -> None:
-        """``worker`` writes its gradients to ``buffers``, one per bucket: they need no copy."""
-        self._shared[worker] = make_buckets([b.parameters() for b in self.layout.buckets], buffers)
 
     @override
     def begin(self, worker: int, info: Any) -> None:

@@ -80,8 +80,6 @@ class AsyncServer(ParameterServer):
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
         super()._take_memory(worker, memory)
         self._inboxes[worker] = self._attach(memory["inbox"])
-        for applier, buffers in zip(self.served, self._pushed[worker], strict=True):
-            applier.attach(worker, buffers)
 
     # -- phase: step -----------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..buckets import Bucket, BufferSpec
+from ..buckets import Bucket, BufferSpec, make_buckets
 from .layout import Layout
 from .protocol import ProtocolError
 
@@ -44,12 +44,17 @@ class ServedOptimizer(ABC):
         self.layout = Layout(parameters, part_mib)
         self._values = Layout(parameters, part_mib, allocate)
         self._num_workers = num_workers
+        self._shared: dict[int, list[Bucket]] = {}
         self.reduce_ms = 0.0
         self.optimizer_ms = 0.0
         with torch.no_grad():
             for bucket in self._values.buckets:
                 for parameter, view in zip(bucket.parameters(), bucket.views, strict=True):
                     parameter.data = view.copy_(parameter)
+
+    def attach(self, worker: int, buffers: list[Tensor]) -> None:
+        """``worker`` writes its gradients to ``buffers``, one per bucket; they are its gradients until it is answered."""
+        self._shared[worker] = make_buckets([bucket.parameters() for bucket in self.layout.buckets], buffers)
 
     def values(self, bucket: Bucket, start: int, end: int) -> Tensor:
         """The current parameters of part ``[start, end)`` of ``bucket``; shares the server's memory."""

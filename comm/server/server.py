@@ -234,6 +234,8 @@ class ParameterServer(ABC):
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
         """A worker tells where its memory is."""
         self._pushed[worker] = self._attach(memory["pushed"])
+        for served, buffers in zip(self.served, self._pushed[worker], strict=True):
+            served.attach(worker, buffers)
 
     def _attach(self, handles: list[dict[str, Any]]) -> list[list[Tensor]]:
         """A worker's buffers, per optimizer."""
