@@ -138,6 +138,11 @@ class Processes:
             raise RowFailed(f"process(es) {', '.join(map(str, self._running))} did not end within {timeout_s:g} s")
         return [json.loads((self._folder / f"result_{index}").read_text()) for index in range(len(self._pids))]
 
+    def send(self, number: signal.Signals) -> None:
+        """SIGSTOP halts all threads of all processes, SIGCONT lets them go on."""
+        for pid in self._running.values():
+            os.killpg(pid, number)
+
     def end(self) -> None:
         """Kill whoever is left."""
         for pid in self._pids:

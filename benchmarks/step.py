@@ -2,15 +2,16 @@
 
     python benchmarks/step.py --ranks 2 --image-size 64 --batch-size 8
 
-ResNet50 on random images that are in memory from the start, one thread per process, SGD with momentum. The processes of
-all rows live side by side and take turns of a few steps, the others asleep: what slows the machine for a while hits all
-rows alike. The first steps, and the first one of every turn, are left out. After the run the replicas must be equal on
-all ranks, or the row has failed.
+ResNet50 on random images that are in memory from the start, one thread per process, SGD with momentum. The processes
+of all rows live side by side and take turns of a few steps, the others stopped: what slows the machine for a while hits
+all rows alike. The first steps, and the first one of every turn, are left out. After the run the replicas must be equal
+on all ranks, or the row has failed.
 
 Rows: a bare loop with PyTorch's DDP (raw_ddp), the same with Accelerate (accelerate), and one and the same Lightning
 loop with Lightning's DDP (ddp), the same in a process that keeps freed memory as gradsync's strategies do
-(ddp_keeping_memory), with gradsync's strategies (manual_allreduce, sharded_server, parameter_server), with a parameter
-server as a beginner writes it (naive) and without any exchange (no_communication), which is the ceiling.
+(ddp_keeping_memory), with gradsync's strategies (manual_allreduce, sharded_server, parameter_server, the latter also
+with two servers and over TCP), with a parameter server as a beginner writes it (naive) and without any exchange
+(no_communication), which is the ceiling.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import importlib.util
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 from pathlib import Path
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 ROW_NAMES = (
     *("raw_ddp", "accelerate", "ddp", "ddp_keeping_memory", "manual_allreduce", "sharded_server"),
-    *("parameter_server", "parameter_server_tcp", "naive", "no_communication"),
+    *("parameter_server", "two_servers", "parameter_server_tcp", "naive", "no_communication"),
 )
 
 _LAST_WORDS_S = 5.0
@@ -73,15 +75,16 @@ class LiveRow:
 
     def turn(self) -> harness.Metrics:
         """Let it train for one turn; means over ranks. Starts the group if there is none. Raises: RowFailed."""
-        if self._processes is None:
-            self._start()
+        processes = self._processes or self._start()
+        processes.send(signal.SIGCONT)
         for pipe in self._pipes:
             pipe.send(None)
         metrics = [self._receive(pipe) for pipe in self._pipes]
+        processes.send(signal.SIGSTOP)  # else the threads of all backends wake up, a hundred times a second
         means = {name: statistics.fmean(values[name] for values in metrics) for name in metrics[0]}
         return {"images_per_s": 1000 * self._ranks * self._workload.batch_size / means["step_ms"], **means}
 
-    def _start(self) -> None:
+    def _start(self) -> harness.Processes:
         """Blocks until the warm-up is over."""
         pipes = [multiprocessing.Pipe() for _ in range(self._ranks)]
         self._pipes = [ours for ours, _ in pipes]
@@ -91,6 +94,7 @@ class LiveRow:
         )
         for pipe in self._pipes:
             self._receive(pipe)
+        return self._processes
 
     def _receive(self, pipe: Connection) -> Any:
         assert self._processes is not None
@@ -103,6 +107,7 @@ class LiveRow:
     def fingerprints(self) -> set[str]:
         """Of the weights on all ranks after the last turn. Raises: RowFailed if they are not as they should be."""
         assert self._processes is not None
+        self._processes.send(signal.SIGCONT)
         found = set(self._processes.results(self._timeout_s)[self._row.num_servers :])
         if self._row.synchronizes and len(found) > 1:
             raise harness.RowFailed(

@@ -271,8 +271,10 @@ def _ddp_keeping_memory() -> Strategy:
     return _ddp()
 
 
-def _parameter_server(transport: str) -> LightningLoop:
-    return LightningLoop(lambda: ParameterServerStrategy(transport, server_log_every_n_steps=0), num_servers=1)
+def _parameter_server(**options: Any) -> LightningLoop:
+    return LightningLoop(
+        lambda: ParameterServerStrategy(**options, server_log_every_n_steps=0), num_servers=options.get("servers", 1)
+    )
 
 
 ROWS: dict[str, Row] = {
@@ -282,8 +284,9 @@ ROWS: dict[str, Row] = {
     "ddp_keeping_memory": LightningLoop(_ddp_keeping_memory),
     "manual_allreduce": LightningLoop(ManualAllReduceStrategy),
     "sharded_server": LightningLoop(ShardedServerStrategy),
-    "parameter_server": _parameter_server("auto"),
-    "parameter_server_tcp": _parameter_server("tcp"),
-    "naive": _parameter_server("naive"),
+    "parameter_server": _parameter_server(),
+    "two_servers": _parameter_server(servers=2),
+    "parameter_server_tcp": _parameter_server(transport="tcp"),
+    "naive": _parameter_server(transport="naive"),
     "no_communication": LightningLoop(lambda: SingleDeviceStrategy("cpu"), synchronizes=False),
 }

@@ -17,7 +17,7 @@ from ..comm.shared_memory import SharedMemoryError
 from ..errors import UserError
 from .collective import CollectiveStrategy
 
-DEFAULT_BUCKET_MIB = 8.0
+DEFAULT_BUCKET_MIB = 25.0
 
 
 @final

@@ -29,6 +29,7 @@ ROWS = {
     "manual_allreduce",
     "sharded_server",
     "parameter_server",
+    "two_servers",
     "parameter_server_tcp",
     "naive",
     "no_communication",
@@ -74,7 +75,9 @@ def test_step_measures_every_row(tmp_path: Path) -> None:
     assert result["settings"]["failed"] == {}
     assert result["rows"].keys() == ROWS
     for name, metrics in result["rows"].items():
-        served = {"server_cpu_ms"} if name in ("parameter_server", "parameter_server_tcp", "naive") else set()
+        served = (
+            {"server_cpu_ms"} if name in ("parameter_server", "two_servers", "parameter_server_tcp", "naive") else set()
+        )
         ratios = {"ratio_to_ddp", "ratio_to_no_communication"}
         assert metrics.keys() == {"images_per_s", "step_ms", "cpu_ms", "page_faults"} | ratios | served
         for spread in metrics.values():

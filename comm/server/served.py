@@ -53,7 +53,7 @@ class ServedOptimizer(ABC):
                     parameter.data = view.copy_(parameter)
 
     def attach(self, worker: int, buffers: list[Tensor]) -> None:
-        """``worker`` writes its gradients to ``buffers``, one per bucket; they are its gradients until it is answered."""
+        """``worker`` writes its gradients to ``buffers``, one per bucket: its gradients until it is answered."""
         self._shared[worker] = make_buckets([bucket.parameters() for bucket in self.layout.buckets], buffers)
 
     def values(self, bucket: Bucket, start: int, end: int) -> Tensor:
