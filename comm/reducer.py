@@ -113,7 +113,6 @@ class GradientReducer:
         self._pending: list[_Launched] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.buckets: list[Bucket] = []
-        self._flags: list[Bucket] = []
         self._queue: list[Bucket] = []
         self._slots: dict[Tensor, _Slot] = {}
         if fixed_layout is None:
@@ -144,19 +143,9 @@ class GradientReducer:
     def _lay_out(self, layout: Sequence[list[Tensor]]) -> None:
         dirty = {p for p, slot in self._slots.items() if slot.dirty}
         self._remove_hooks()
-        self.algorithm.release([bucket.buffer() for bucket in self.buckets + self._flags])
-        self.buckets, self._flags, self._slots, self._queue = (
-            [],
-            [],
-            {},
-            [],
-        )  # before there are new ones: memory for one layout will do
-        specs = [BufferSpec.of(run) for run in layout]
-        if self.algorithm.sums_flags:
-            specs.append(BufferSpec(sum(map(len, layout)), torch.uint8, torch.device("cpu")))
-        buffers = self.algorithm.allocate(specs)
-        self.buckets = make_buckets(layout, buffers[: len(layout)])
-        self._flags = [Bucket(len(layout), [flags], False, flags) for flags in buffers[len(layout) :]]
+        self.algorithm.release([bucket.buffer() for bucket in self.buckets])
+        self.buckets, self._slots, self._queue = [], {}, []  # before there are new ones: memory for one layout will do
+        self.buckets = make_buckets(layout, self.algorithm.allocate([BufferSpec.of(run) for run in layout]))
         self._slots = {
             p: _Slot(p, bucket, view, dirty=p in dirty)
             for bucket in self.buckets
@@ -321,8 +310,8 @@ class GradientReducer:
     def _finish(self) -> None:
         self.timeline.gradients_ready()
         mask = torch.tensor([slot.dirty for slot in self._slots.values()], dtype=torch.uint8)
-        control = None if self._flags else self._share_used(mask)
-        if control is not None and not mask.any():
+        uses_any, control = bool(mask.any()), self._share_used(mask)
+        if not uses_any:
             control.wait()
             if not mask.any():  # the pass was one of another model, on all ranks
                 return
@@ -331,8 +320,6 @@ class GradientReducer:
             if slot.parameter.requires_grad and not slot.collected:
                 self._collect(slot)
         self._launch_ready()
-        if control is None:
-            mask, control = self._sum_flags(mask)
         for launched in self._pending:
             launched.bucket.take(launched.future.wait())
             num_bytes = self.algorithm.num_bytes(launched.bucket)
@@ -348,11 +335,6 @@ class GradientReducer:
         work = dist.all_reduce(mask, dist.ReduceOp.MAX, group=self._control_group, async_op=True)
         assert work is not None
         return work
-
-    def _sum_flags(self, mask: Tensor) -> tuple[Tensor, Future[Tensor]]:
-        """The same by the algorithm: how many ranks used each parameter. Behind all buckets, as on every rank."""
-        (flags,) = self._flags
-        return flags.buffer().copy_(mask), self.algorithm.start(flags)
 
     def _publish(self, used: Tensor) -> None:
         """Let ``p.grad`` be the averaged view; a parameter that no rank used keeps ``grad=None``."""

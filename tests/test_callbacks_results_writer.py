@@ -37,7 +37,7 @@ EPOCH_KEYS = {
 SUMMARY_KEYS = {"avg_train_throughput", "avg_train_time_per_epoch", "best_val_accuracy", "final_train_accuracy"}
 COMM_KEYS = {
     *("step_ms", "data_ms", "compute_ms", "optimizer_ms", "other_ms", "total_ms", "exposed_ms", "overlapped_ms"),
-    *("share_pct", "bytes_per_step", "push_ms", "pull_ms", "wait_ms", "total_is_upper_bound"),
+    *("share_pct", "bytes_per_step", "push_ms", "pull_ms", "wait_ms", "staleness", "total_is_upper_bound"),
 }
 ENVIRONMENT_KEYS = {
     *("python", "torch", "lightning", "gradsync", "platform", "cpu_model", "cpu_count", "backend", "accelerator"),

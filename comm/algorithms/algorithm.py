@@ -28,10 +28,7 @@ class Algorithm(ABC):
     Attributes:
         scale: What the reducer multiplies a gradient with when it copies it into its bucket. By default
             ``1 / world_size``, as DDP does, so that results agree to the bit; hence an algorithm sums.
-        sums_flags: Whether it sums a small bucket of ``uint8`` cheaper than a collective of the backend.
     """
-
-    sums_flags = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group

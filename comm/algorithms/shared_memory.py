@@ -90,8 +90,6 @@ class SharedMemoryAllReduce(SharedMemoryAlgorithm):
         PeerLost: (the futures) a peer has ended or does not come.
     """
 
-    sums_flags = True
-
     def __init__(self, group: dist.ProcessGroup, timeout_s: float = 300.0) -> None:
         super().__init__(group)
         self._timeout_s = timeout_s

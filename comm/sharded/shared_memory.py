@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.futures import Future
 from typing_extensions import override
 
-from ..algorithms.shared_memory import CHUNK_BYTES, SharedMemoryAlgorithm, round_up, sum_into_all
+from ..algorithms.shared_memory import CHUNK_BYTES, SharedMemoryAlgorithm, round_up
 from ..buckets import Bucket, BufferSpec
 from ..shared_memory import HostGroup
 from ..shared_memory.host_group import ALIGNMENT, NUM_BELLS
@@ -46,13 +46,11 @@ class SharedMemoryReduceScatter(SharedMemoryAlgorithm):
         group: Of all ranks.
         ranks: The same, in shared memory.
         plans: What is in the buckets.
-        arenas: Memory for them, and behind them for the reducer's flags, which are the sum on all ranks.
+        arenas: Memory for them.
 
     Raises:
         PeerLost: (the futures) a peer has ended or does not come.
     """
-
-    sums_flags = True
 
     def __init__(self, group: dist.ProcessGroup, ranks: HostGroup, plans: Sequence[ShardPlan], arenas: _Arenas) -> None:
         super().__init__(group)
@@ -71,10 +69,7 @@ class SharedMemoryReduceScatter(SharedMemoryAlgorithm):
     @override
     def reduce(self, bucket: Bucket) -> None:
         self._ranks.wait(_FILLED)
-        if bucket.index() < len(self._plans):
-            self._sum_slice(bucket)
-        elif self.rank == 0:
-            sum_into_all(self._arenas[-1])
+        self._sum_slice(bucket)
         self._ranks.ring(_SUMMED)
 
     def _sum_slice(self, bucket: Bucket) -> None:
@@ -132,8 +127,7 @@ class SharedMemoryTransport(Transport):
     ) -> None:
         super().__init__(plans, dist.get_rank(group), dist.get_world_size(group), timeline)
         specs = [plan.spec for plan in plans]
-        flags = BufferSpec(sum(len(plan.parameters) for plan in plans), torch.uint8, torch.device("cpu"))
-        arenas = self._map(group, [*specs, *specs, flags], timeout_s)
+        arenas = self._map(group, [*specs, *specs], timeout_s)
         self._arenas = arenas[: len(plans)]
         self.values = [bucket[self.rank] for bucket in self._arenas]
         self.reduce_scatter = SharedMemoryReduceScatter(group, self._ranks, plans, arenas[len(plans) :])
