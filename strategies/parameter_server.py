@@ -23,7 +23,7 @@ from typing_extensions import override
 from ..comm.optimizers import is_elementwise
 from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient
 from ..comm.server.naive import NaivePeers
-from ..comm.server.servers_client import name_pieces, pieces_of
+from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
 from ..errors import UserError
 from .collective import CollectiveStrategy
@@ -234,7 +234,7 @@ class ParameterServerStrategy(CollectiveStrategy):
             raise ServingDone
         super().setup(trainer)
         if self._client is None:
-            self._client = self._connect()
+            self._client = self._connect([], [])  # an evaluation: optimizers of an earlier fit are not served
         if self._metric_sync is not None:
             assert self.lightning_module is not None
             self._metric_sync.attach(self.lightning_module)
@@ -272,9 +272,8 @@ class ParameterServerStrategy(CollectiveStrategy):
         ]
         return self._cuts
 
-    def _connect(self) -> ServersClient:
-        """To all servers; blocks until they have seen all workers."""
-        named, cuts = self._named_parameters(), self._cut()
+    def _connect(self, named: list[Named], cuts: list[list[list[Cut]]]) -> ServersClient:
+        """To all servers; blocks until they have seen all workers. See :class:`.ServersClient` for the arguments."""
         pieces = [pieces_of(named, cuts, server) for server in range(self.num_servers)]
         clients = [
             WorkerClient(
@@ -297,7 +296,7 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def start_fitting(self) -> None:
         self._refuse_unservable()
-        client = self._client = self._connect()
+        client = self._client = self._connect(self._named_parameters(), self._cut())
         self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
         if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
             self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
