@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from ..buckets import Bucket, BufferSpec
+from ..buckets import Bucket
 from ..packing import tensor_from
 from .protocol import ProtocolError
 from .served import ServedOptimizer
@@ -34,15 +32,8 @@ class Applier(ServedOptimizer):
     See :class:`.ServedOptimizer` for the arguments.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        parameters: list[Tensor],
-        num_workers: int,
-        part_mib: float,
-        allocate: Callable[[list[BufferSpec]], list[Tensor]] | None = None,
-    ) -> None:
-        super().__init__(optimizer, parameters, num_workers, part_mib, allocate)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._pushes: dict[int, _Push] = {}
         self.version = 0
         """Steps taken so far."""

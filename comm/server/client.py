@@ -127,15 +127,11 @@ class WorkerClient:
             return self._push(number, used)
         return self._naive.push_pull([p for bucket in layout.buckets for p in bucket.parameters()])
 
-    def pull(self, number: int) -> tuple[int, int, dict[str, float]]:
-        """Second half: take over the new parameters; when they began to come (ns), bytes, and the server's times."""
-        return self._pull(number)
-
     def fetch(self) -> None:
         """Take over the server's current parameters, of all optimizers."""
         for number in range(len(self._layouts)):
             self._send(Message(Kind.FETCH, number))
-            self._pull(number)
+            self.pull(number)
 
     def get_state(self, number: int) -> dict[str, Any]:
         """The state dict of optimizer ``number`` on the server."""
@@ -223,8 +219,11 @@ class WorkerClient:
                 view.zero_() if tensor is None else torch.mul(tensor, scale, out=view)
         return None if self._shared else tensor_bytes(bucket.buffer()[start:end].cpu())
 
-    def _pull(self, number: int) -> tuple[int, int, dict[str, float]]:
-        """Take new parameters until *done*: (time of the first reply in ns, bytes, the server's times)."""
+    def pull(self, number: int) -> tuple[int, int, dict[str, float]]:
+        """Second half of :meth:`step`: take new parameters until *done*.
+
+        Returns the time of the first reply in ns, the bytes, and the server's times.
+        """
         first_ns = num_bytes = 0
         while True:
             message = self._receive()
