@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 ROW_NAMES = (
     *("raw_ddp", "accelerate", "ddp", "ddp_keeping_memory", "manual_allreduce", "sharded_server"),
+    "sharded_server_sharing",
     *("parameter_server", "two_servers", "parameter_server_tcp", "naive", "no_communication"),
 )
 

@@ -284,6 +284,7 @@ ROWS: dict[str, Row] = {
     "ddp_keeping_memory": LightningLoop(_ddp_keeping_memory),
     "manual_allreduce": LightningLoop(ManualAllReduceStrategy),
     "sharded_server": LightningLoop(ShardedServerStrategy),
+    "sharded_server_sharing": LightningLoop(lambda: ShardedServerStrategy(share_parameters=True)),
     "parameter_server": _parameter_server(),
     "two_servers": _parameter_server(servers=2),
     "parameter_server_tcp": _parameter_server(transport="tcp"),

@@ -28,6 +28,7 @@ ROWS = {
     "ddp_keeping_memory",
     "manual_allreduce",
     "sharded_server",
+    "sharded_server_sharing",
     "parameter_server",
     "two_servers",
     "parameter_server_tcp",

@@ -232,7 +232,9 @@ def test_every_transport_keeps_the_replicas_equal(transport: str, world_size: in
 
 
 @pytest.mark.parametrize(
-    "options", [{"bucket_mib": 25.0}, {"overlap": False}, {"bucket_mib": 1e-5}], ids=["one", "no_overlap", "tiny"]
+    "options",
+    [{"bucket_mib": 25.0}, {"overlap": False}, {"bucket_mib": 1e-5}, {"share_parameters": True}],
+    ids=["one", "no_overlap", "tiny", "shared"],
 )
 def test_buckets_and_overlap_do_not_change_a_bit(options: dict[str, Any]) -> None:
     weights, state = _by_hand(3, "adamw")
@@ -440,6 +442,35 @@ def test_an_edit_of_weights_is_private_and_counts_in_the_next_step(replaces_memo
     assert (seen_0[0], *seen_1) == (0, 0, 0)
     assert torch.equal(first["first.weight"], second["first.weight"])
     assert 0 < first["first.weight"].abs().max() < 0.05
+
+
+def _share(rank: int) -> tuple[list[int], float]:
+    """Bytes moved by each of two steps; what rank 0 sees of an edit by rank 1."""
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    net = Net()
+    server = _serve(net, torch.optim.SGD(net.parameters(), lr=0.1), share_parameters=True)
+    num_bytes = []
+    for step in range(2):
+        _step(server, net, rank, step)
+        counted = server.timeline.take_step()
+        assert counted is not None
+        num_bytes.append(counted.num_bytes)
+    dist.barrier()
+    if rank == 1:
+        with torch.no_grad():
+            net.scale.fill_(7.0)
+    dist.barrier()
+    seen = float(net.scale.detach())
+    server.close()
+    return num_bytes, seen
+
+
+def test_shared_parameters_move_no_bytes_and_an_edit_is_seen_by_all() -> None:
+    """That is the price of it, and why it is off by default."""
+    (first, seen_0), (second, seen_1) = run_distributed(_share, 2)
+    assert (seen_0, seen_1) == (7.0, 7.0)
+    whole = 4 * sum(p.numel() for p in Net().parameters())
+    assert [a + b for a, b in zip(first, second, strict=True)] == [2 * whole] * 2, "gradients only"
 
 
 def _stale(rank: int) -> None:
@@ -689,7 +720,10 @@ def _fit(rank: int, what: str) -> None:
     quiet()
     module = _Lbfgs() if what == "lbfgs" else Mlp()
     module.net[0].requires_grad_(what != "unfreeze")
-    trainer = make_trainer(make_strategy("sharded_server"), 2, callbacks=[_Unfreeze()] if what == "unfreeze" else [])
+    options = {"transport": "collective", "share_parameters": True} if what == "share" else {}
+    trainer = make_trainer(
+        make_strategy("sharded_server", options), 2, callbacks=[_Unfreeze()] if what == "unfreeze" else []
+    )
     if what == "scaler":
         trainer.strategy.precision_plugin = MixedPrecision("16-mixed", "cuda", torch.amp.GradScaler("cpu"))
     trainer.fit(module, DataLoader(make_data(64), batch_size=8))
@@ -698,6 +732,7 @@ def _fit(rank: int, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "text"),
     [
+        ("share", "strategy sharded_server: share_parameters needs transport shared_memory, but it is collective"),
         ("lbfgs", "strategy sharded_server: LBFGS evaluates the model again"),
         ("unfreeze", "parameter 'net.0.weight' was frozen when the run began"),
         ("scaler", "--trainer.precision 16-mixed does not work with --trainer.strategy sharded_server: .*bf16-mixed"),

@@ -118,6 +118,7 @@ def make_sharded_server(
     bucket_mib: float,
     overlap: bool = True,
     transport: str = AUTO,
+    share_parameters: bool = False,
     timeout_s: float = 300.0,
     timeline: Timeline | None = None,
     log: Callable[[str], None] = lambda text: None,
@@ -130,6 +131,8 @@ def make_sharded_server(
         bucket_mib: A bucket is full when it reaches so many MiB.
         overlap: Reduce during the backward pass (True) or after it (False).
         transport: One of :data:`TRANSPORTS`.
+        share_parameters: All ranks read the same parameters, in shared memory: nothing is copied, but what one of them
+            changes by hand, all see at once.
         timeout_s: How long a rank waits for the others in one operation.
         timeline: Where the spans go.
         log: Takes what was chosen, on rank 0.
@@ -145,8 +148,10 @@ def make_sharded_server(
     groups = [private_group(timeout_s), private_group(timeout_s, backend="gloo")]
     try:
         name, reason = _choose(transport, groups[1], plans)
+        if share_parameters and name != SharedMemoryTransport.name:
+            raise Unshardable(f"share_parameters needs transport shared_memory, but it is {name} ({reason})")
         if name == SharedMemoryTransport.name:
-            made: Transport = SharedMemoryTransport(groups[1], plans, timeout_s, timeline)
+            made: Transport = SharedMemoryTransport(groups[1], plans, timeout_s, timeline, share_parameters)
         else:
             made = CollectiveTransport(groups[0], plans, timeline)
     except Exception:

@@ -9,7 +9,7 @@ Phases, each with its bell:
 4. *written*: a rank has stepped its slices and written them into every rank's arena; the step ends when all have.
 
 Every rank has parameters of its own: what a user changes in them is seen on that rank only, as under DDP. A step starts
-from the owner's values.
+from the owner's values. Or, if asked for, all ranks read the same parameters in place: then phase 4 writes nothing.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ class SharedMemoryTransport(Transport):
 
     Args:
         timeout_s: How long a rank waits for one that is alive.
+        in_place: All ranks have one set of parameters in common: what one of them changes, all see.
 
     Raises:
         SharedMemoryError: the ranks are on several hosts, or there is too little memory; on all ranks alike.
@@ -123,13 +124,19 @@ class SharedMemoryTransport(Transport):
     name = "shared_memory"
 
     def __init__(
-        self, group: dist.ProcessGroup, plans: Sequence[ShardPlan], timeout_s: float, timeline: Timeline
+        self,
+        group: dist.ProcessGroup,
+        plans: Sequence[ShardPlan],
+        timeout_s: float,
+        timeline: Timeline,
+        in_place: bool = False,
     ) -> None:
         super().__init__(plans, dist.get_rank(group), dist.get_world_size(group), timeline)
         specs = [plan.spec for plan in plans]
         arenas = self._map(group, [*specs, *specs], timeout_s)
         self._arenas = arenas[: len(plans)]
-        self.values = [bucket[self.rank] for bucket in self._arenas]
+        self._in_place = in_place
+        self.values = [bucket[0 if in_place else self.rank] for bucket in self._arenas]
         self.reduce_scatter = SharedMemoryReduceScatter(group, self._ranks, plans, arenas[len(plans) :])
         self._all_entered = True
 
@@ -146,9 +153,14 @@ class SharedMemoryTransport(Transport):
     def begin_step(self) -> None:
         self._ranks.ring(_ENTERED)
         self._all_entered = False
+        if self._in_place:
+            with self._waiting():
+                self._await_entered()
 
     @override
     def publish(self, index: int) -> None:
+        if self._in_place:
+            return
         start, end = self.plans[index].slices[self.rank]
         with self._waiting(self.num_bytes(index)):
             self._await_entered()

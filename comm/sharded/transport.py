@@ -34,7 +34,10 @@ class Transport(ABC):
 
     @abstractmethod
     def begin_step(self) -> None:
-        """From now until :meth:`end_step` returns this rank reads only its own slices of ``values``."""
+        """From now until :meth:`end_step` returns this rank reads only its own slices of ``values``.
+
+        Blocks until all ranks are in the step if they have ``values`` in common.
+        """
 
     @abstractmethod
     def publish(self, index: int) -> None:
