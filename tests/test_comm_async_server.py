@@ -296,6 +296,7 @@ def test_the_correction_divides_the_learning_rate_by_the_steps_that_came_between
 def test_a_step_that_comes_twice_is_refused() -> None:
     simulation = _Simulation(0, 2, 1)
     simulation.run()
+    simulation.server._left.clear()  # as if nobody had said bye
     used = [[True] * len(b.parameters()) for b in simulation.layout.buckets]
     info = {"used": used, "groups": [{}], "clip": NO_CLIP, "sequence": 1}
     simulation.wire.incoming.append([b"0", *Message(Kind.STEP, 0, info=info).frames()])

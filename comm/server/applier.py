@@ -59,6 +59,10 @@ class Applier(ServedOptimizer):
         push.frames[bucket_index, part] = payload
         push.missing.remove((bucket_index, part))
 
+    def expects(self, worker: int) -> bool:
+        """Whether a push of the worker is announced and not applied."""
+        return worker in self._pushes
+
     def is_complete(self, worker: int) -> bool:
         """Whether all parts of the worker's announced push are here."""
         return not self._pushes[worker].missing

@@ -79,19 +79,23 @@ class AsyncServer(ParameterServer):
     @override
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
         super()._take_memory(worker, memory)
-        self._inboxes[worker] = self._attach(memory["inbox"])
+        self._inboxes[worker] = self._attach(memory.get("inbox", []))
 
     # -- phase: step -----------------------------------------------------------------------------------------
 
     @override
     def _step(self, worker: int, message: Message) -> None:
-        if message.info["sequence"] != self.clocks[worker] + 1 or worker in self._parked:
+        if message.info["sequence"] != self.clocks[worker] + 1 or self._is_busy(worker):
             raise ProtocolError(
                 f"worker {worker} announced its step {message.info['sequence']}, but {self.clocks[worker]} were applied"
             )
         self._began_ns[worker] = time.perf_counter_ns()
         self.served[message.optimizer].begin(worker, message.info)
         self._apply_if_complete(worker, message.optimizer)
+
+    def _is_busy(self, worker: int) -> bool:
+        """A push of this worker is under way, of whichever optimizer."""
+        return worker in self._parked or any(served.expects(worker) for served in self.served)
 
     @override
     def _push(self, worker: int, message: Message) -> None:

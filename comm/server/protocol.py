@@ -69,7 +69,7 @@ class Message:
         try:
             info = json.loads(bytes(frames[1])) if len(frames[1]) else None
             return Message(Kind(kind), optimizer, bucket, part, info, frames[2])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"unreadable message of kind {kind}: {error}") from error
 
 

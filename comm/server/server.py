@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..buckets import Bucket, BufferSpec
-from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
+from ..packing import MalformedTree, pack_tree, tensor_bytes, tensor_from, unpack_tree
+from .checks import check_fields, check_settings
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 from .served import ServedOptimizer
 from .shared_buckets import SharedBuffers, attach
@@ -111,6 +112,9 @@ class ParameterServer(ABC):
             for bucket, part, _, _ in served.layout.all_parts()
         }
         """What is missing of the values to start from."""
+        self._ids = {str(worker).encode(): worker for worker in range(num_workers)}
+        self._has_begun = False
+        """Everybody was welcomed."""
         self._greeted: set[int] = set()
         self._left: dict[int, Any] = {}
         self._waiting_since: float | None = time.monotonic()
@@ -162,17 +166,33 @@ class ParameterServer(ABC):
 
     def _receive(self) -> None:
         frames = self._socket.recv_multipart(copy=False)
-        worker = int(frames[0].bytes)
+        if frames[0].bytes not in self._ids:
+            raise ProtocolError(f"worker {frames[0].bytes!r} is not one of the {self._num_workers} expected")
+        worker = self._ids[frames[0].bytes]
         message = Message.parse([frame.buffer for frame in frames[1:]])
-        if worker not in range(self._num_workers):
-            raise ProtocolError(f"worker {worker} is not one of the {self._num_workers} expected")
-        if message.optimizer >= max(1, len(self.served)):
-            raise ProtocolError(f"worker {worker} names optimizer {message.optimizer}, which does not exist")
         if message.kind not in _HANDLERS:
             raise ProtocolError(f"worker {worker} sends {message.kind.name}, which only the server may")
-        if worker not in self._greeted and message.kind not in (Kind.HELLO, Kind.FAIL):
-            raise ProtocolError(f"worker {worker} sends {message.kind.name} before it said hello")
+        check_fields(worker, message)
+        self._check_turn(worker, message)
+        if message.kind == Kind.STEP:
+            check_settings(worker, message.info["groups"], self.served[message.optimizer].optimizer)
         _HANDLERS[message.kind](self, worker, message)
+
+    def _check_turn(self, worker: int, message: Message) -> None:
+        """Phases follow each other, and a worker may only name what exists."""
+        kind = message.kind
+        if kind in _OF_AN_OPTIMIZER and message.optimizer >= len(self.served):
+            raise ProtocolError(f"worker {worker} names optimizer {message.optimizer}, which does not exist")
+        if kind == Kind.FAIL:
+            return
+        if (worker in self._greeted) == (kind == Kind.HELLO):
+            when = "twice" if kind == Kind.HELLO else "before it said hello"
+            raise ProtocolError(f"worker {worker} sends {kind.name} {when}")
+        if worker in self._left:
+            raise ProtocolError(f"worker {worker} sends {kind.name} after it has left")
+        if kind != Kind.HELLO and self._has_begun == (kind == Kind.INIT):
+            when = "after" if self._has_begun else "before"
+            raise ProtocolError(f"worker {worker} sends {kind.name} {when} the workers were welcomed")
 
     def _send(self, worker: int, message: Message) -> None:
         self._socket.send_multipart([str(worker).encode(), *message.frames()], copy=False)
@@ -211,7 +231,7 @@ class ParameterServer(ABC):
         if difference is not None:
             raise WorkerFailed(f"worker {worker} trains another model than the server: {difference}")
         if self._shared:
-            self._take_memory(worker, message.info["memory"])
+            self._take_memory(worker, message.info["memory"] or {})
         self._welcome()
 
     def _init(self, worker: int, message: Message) -> None:
@@ -228,18 +248,22 @@ class ParameterServer(ABC):
         """All have greeted and the values to start from are here: let everybody begin."""
         if len(self._greeted) == self._num_workers and not self._init_parts:
             self._waiting_since = None
+            self._has_begun = True
             memory = [shared.handle() for shared in self._shared] if self._shared else None
             self._tell_all(Message(Kind.WELCOME, info=memory))
 
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
         """A worker tells where its memory is."""
-        self._pushed[worker] = self._attach(memory["pushed"])
+        self._pushed[worker] = self._attach(memory.get("pushed", []))
         for served, buffers in zip(self.served, self._pushed[worker], strict=True):
             served.attach(worker, buffers)
 
     def _attach(self, handles: list[dict[str, Any]]) -> list[list[Tensor]]:
         """A worker's buffers, per optimizer."""
-        return [attach(h, served.layout.specs) for h, served in zip(handles, self.served, strict=True)]
+        try:
+            return [attach(h, served.layout.specs) for h, served in zip(handles, self.served, strict=True)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"a worker describes memory that cannot be mapped: {error!r}") from error
 
     def _payload(self, worker: int, message: Message) -> Any:
         """The bytes that came with a message, or that it says are in the worker's shared memory."""
@@ -290,17 +314,21 @@ class ParameterServer(ABC):
         self._send(worker, Message(Kind.STATE, message.optimizer, info=info, payload=payload))
 
     def _set_state(self, worker: int, message: Message) -> None:
-        state = unpack_tree(message.info, message.payload)
+        state = _unpack(worker, message.info, message.payload)
         optimizer = self.served[message.optimizer].optimizer
         own = optimizer.state_dict()["param_groups"]  # of several servers each has other parameters in the groups
-        groups = [{**saved, "params": group["params"]} for saved, group in zip(state["param_groups"], own, strict=True)]
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        try:
+            pairs = zip(state["param_groups"], own, strict=True)
+            groups = [{**group, **saved, "params": group["params"]} for saved, group in pairs]
+            optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"worker {worker} sends a state that the optimizer cannot load: {error!r}") from error
         self._send(worker, Message(Kind.STATE, message.optimizer))
 
     # -- phase: bye ------------------------------------------------------------------------------------------
 
     def _bye(self, worker: int, message: Message) -> None:
-        self._left[worker] = (message.info["info"], unpack_tree(message.info["tree"], message.payload))
+        self._left[worker] = (message.info["info"], _unpack(worker, message.info["tree"], message.payload))
 
     def _fail(self, worker: int, message: Message) -> None:
         self._left[worker] = None
@@ -315,6 +343,15 @@ class ParameterServer(ABC):
         for shared in self._shared or []:
             shared.seal()
 
+
+def _unpack(worker: int, description: Any, payload: Any) -> Any:
+    try:
+        return unpack_tree(description, payload)
+    except (MalformedTree, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise ProtocolError(f"worker {worker} sends a tree that cannot be unpacked: {error!r}") from error
+
+
+_OF_AN_OPTIMIZER = {Kind.INIT, Kind.STEP, Kind.PUSH, Kind.FETCH, Kind.GET_STATE, Kind.SET_STATE}
 
 _HANDLERS: dict[Kind, Callable[[ParameterServer, int, Message], None]] = {
     Kind.HELLO: ParameterServer._hello,
