@@ -11,7 +11,6 @@ from typing import Any, final
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-import zmq
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -27,10 +26,12 @@ from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
 from ..errors import UserError
 from .collective import CollectiveStrategy
+from .last_words import last_words, take_over
 from .metric_sync import MetricSync
-from .rendezvous import make_socket_folder, remove_socket_folder, roll_call
+from .rendezvous import roll_call
 from .server_launcher import ServerLauncher, ServingDone
 from .server_options import ServerOptions
+from .server_sockets import ServerSockets
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
@@ -91,8 +92,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         self.in_lockstep = self._options.is_sync
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._endpoints: list[str] = []
+        self._sockets: ServerSockets | None = None
         self._cuts: list[list[list[Cut]]] = []
         self._client: ServersClient | None = None
         self._naive: NaivePeers | None = None
@@ -161,28 +161,17 @@ class ParameterServerStrategy(CollectiveStrategy):
     def connect_processes(self) -> None:
         """The server binds its socket and hosts the store; the workers form the default group among themselves."""
         self.join_store()
-        self._context = zmq.Context()
+        self._sockets = ServerSockets()
         if self.is_server:
-            self._sockets = [self._make_socket(zmq.ROUTER)]
-            self._sockets[0].router_mandatory = True
-            self._endpoints = [self._bind()]
-            self._store.set(f"endpoint {self.process_rank}", self._endpoints[0])
+            endpoint = self._sockets.bind(over_tcp=self.options["transport"] == "tcp")
+            self._store.set(f"endpoint {self.process_rank}", endpoint)
         else:
             self.join_workers()
-            self._sockets = [self._make_socket(zmq.DEALER) for _ in range(self.num_servers)]
-            self._endpoints = [self._store.get(f"endpoint {n}").decode() for n in range(self.num_servers)]
-            for socket, endpoint in zip(self._sockets, self._endpoints, strict=True):
-                socket.routing_id = str(self.global_rank).encode()
-                socket.connect(endpoint)
+            endpoints = [self._store.get(f"endpoint {server}").decode() for server in range(self.num_servers)]
+            self._sockets.connect(endpoints, self.global_rank)
         if self.options["transport"] == "naive":
             peers = dist.PrefixStore("naive", self._store)
             self._naive = NaivePeers(peers, self.process_rank, self.world_size + 1, self.start_timeout)
-
-    def _make_socket(self, kind: int) -> zmq.Socket[bytes]:
-        assert self._context is not None
-        socket = self._context.socket(kind)
-        socket.set_hwm(0)  # what is under way is bounded by one step; dropping would lose gradients
-        return socket
 
     def join_workers(self) -> None:
         """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
@@ -197,13 +186,6 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     def _progress(self) -> bytes:
         return self._store.get(PROGRESS_KEY) if self._store.check([PROGRESS_KEY]) else b""
-
-    def _bind(self) -> str:
-        if self.options["transport"] == "tcp":
-            return f"tcp://127.0.0.1:{self._sockets[0].bind_to_random_port('tcp://127.0.0.1')}"
-        endpoint = f"ipc://{make_socket_folder() / 'server'}"
-        self._sockets[0].bind(endpoint)
-        return endpoint
 
     @override
     def barrier(self, name: str | None = None) -> None:
@@ -274,6 +256,7 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     def _connect(self, named: list[Named], cuts: list[list[list[Cut]]]) -> ServersClient:
         """To all servers; blocks until they have seen all workers. See :class:`.ServersClient` for the arguments."""
+        assert self._sockets is not None
         pieces = [pieces_of(named, cuts, server) for server in range(self.num_servers)]
         clients = [
             WorkerClient(
@@ -287,7 +270,7 @@ class ParameterServerStrategy(CollectiveStrategy):
                 self.world_size if self._shares_memory else None,
                 self.in_lockstep,
             )
-            for socket, own in zip(self._sockets, pieces, strict=True)
+            for socket, own in zip(self._sockets.sockets, pieces, strict=True)
         ]
         client = ServersClient(clients, pieces, cuts, [[p for _, p in own] for own in named], self.timeline)
         client.start()
@@ -375,11 +358,12 @@ class ParameterServerStrategy(CollectiveStrategy):
     def _make_serving(self) -> Serving:
         launcher = self._launcher
         assert isinstance(launcher, ServerLauncher)
+        assert self._sockets is not None
         return Serving(
             self._options,
             self.process_rank,
             self._store,
-            self._sockets[0],
+            self._sockets.sockets[0],
             self.world_size,
             self.step_timeout,
             self._part_mib,
@@ -399,18 +383,10 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._fetch()
         info, state = None, {}
         if self.is_global_zero:
-            info = self._last_words(trainer, result)
+            info = last_words(trainer, result)
             state = self._unserved_state() if trainer.state.fn == TrainerFn.FITTING else {}
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
-
-    def _last_words(self, trainer: pl.Trainer, result: Any) -> dict[str, Any]:
-        checkpoints = [c.state_dict() for c in trainer.checkpoint_callbacks]
-        return {
-            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-            "checkpoints": [{k: s.get(k) for k in ("best_model_path", "last_model_path")} for s in checkpoints],
-            "result": result if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING) else None,
-        }
 
     def _unserved_state(self) -> dict[str, Tensor]:
         """What the first server does not have: buffers, parameters without an optimizer, what others serve."""
@@ -425,15 +401,11 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     def hand_over(self, trainer: pl.Trainer) -> Any:
         """Server: put worker 0's last words into this process's trainer and model; returns the run's result."""
-        info, state = self._farewell
+        words, state = self._farewell
         assert self.lightning_module is not None
         self.lightning_module.load_state_dict(state, strict=False)
-        metrics = {name: torch.tensor(value) for name, value in info["metrics"].items()}
-        trainer._logger_connector._callback_metrics.update(metrics)
-        for callback, paths in zip(trainer.checkpoint_callbacks, info["checkpoints"], strict=True):
-            vars(callback).update({name: path for name, path in paths.items() if path is not None})
         self._close(0)
-        return info["result"]
+        return take_over(trainer, words)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -445,8 +417,6 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._close(1000)
 
     def _close(self, linger_ms: int) -> None:
-        if self._context is not None:
-            self._context.destroy(linger_ms)
-            for endpoint in self._endpoints:
-                remove_socket_folder(endpoint)
-        self._context = self._client = self._naive = None
+        if self._sockets is not None:
+            self._sockets.close(linger_ms)
+        self._sockets = self._client = self._naive = None
