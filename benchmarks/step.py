@@ -9,9 +9,10 @@ on all ranks, or the row has failed.
 
 Rows: a bare loop with PyTorch's DDP (raw_ddp), the same with Accelerate (accelerate), and one and the same Lightning
 loop with Lightning's DDP (ddp), the same in a process that keeps freed memory as gradsync's strategies do
-(ddp_keeping_memory), with gradsync's strategies (manual_allreduce, sharded_server, parameter_server, the latter also
-with two servers and over TCP), with a parameter server as a beginner writes it (naive) and without any exchange
-(no_communication), which is the ceiling.
+(ddp_keeping_memory), with gradsync's strategies (manual_allreduce, sharded_server, parameter_server, the latter two
+also with parameters that all share, and parameter_server with two servers and over TCP), with a parameter server as a
+beginner writes it (naive) and without any exchange (no_communication), which is the ceiling; the ceiling of a process
+that keeps freed memory is no_communication_keeping_memory.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 ROW_NAMES = (
     *("raw_ddp", "accelerate", "ddp", "ddp_keeping_memory", "manual_allreduce", "sharded_server"),
     "sharded_server_sharing",
-    *("parameter_server", "two_servers", "parameter_server_tcp", "naive", "no_communication"),
+    *("parameter_server", "parameter_server_sharing", "two_servers", "parameter_server_tcp", "naive"),
+    *("no_communication", "no_communication_keeping_memory"),
 )
 
 _LAST_WORDS_S = 5.0

@@ -271,6 +271,11 @@ def _ddp_keeping_memory() -> Strategy:
     return _ddp()
 
 
+def _alone_keeping_memory() -> Strategy:
+    keep_freed_memory()
+    return SingleDeviceStrategy("cpu")
+
+
 def _parameter_server(**options: Any) -> LightningLoop:
     return LightningLoop(
         lambda: ParameterServerStrategy(**options, server_log_every_n_steps=0), num_servers=options.get("servers", 1)
@@ -286,8 +291,10 @@ ROWS: dict[str, Row] = {
     "sharded_server": LightningLoop(ShardedServerStrategy),
     "sharded_server_sharing": LightningLoop(lambda: ShardedServerStrategy(share_parameters=True)),
     "parameter_server": _parameter_server(),
+    "parameter_server_sharing": _parameter_server(share_parameters=True),
     "two_servers": _parameter_server(servers=2),
     "parameter_server_tcp": _parameter_server(transport="tcp"),
     "naive": _parameter_server(transport="naive"),
     "no_communication": LightningLoop(lambda: SingleDeviceStrategy("cpu"), synchronizes=False),
+    "no_communication_keeping_memory": LightningLoop(_alone_keeping_memory, synchronizes=False),
 }

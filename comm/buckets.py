@@ -86,6 +86,13 @@ def view_like(flat: Tensor, parameter: Tensor) -> Tensor:
     return flat.view(parameter.shape)
 
 
+def apart(flat: Tensor) -> Tensor:
+    """The same memory as a storage of its own: ``torch.save`` writes storages, and a shared one holds everything."""
+    if not flat.is_cpu:
+        return flat
+    return torch.from_numpy(flat.view(torch.uint8).numpy()).view(flat.dtype)
+
+
 def ddp_layout(parameters: Iterable[Tensor], max_bytes: int, first_max_bytes: int | None = None) -> list[list[Tensor]]:
     """Cut ``parameters`` into buckets exactly as DistributedDataParallel does (``_compute_bucket_assignment_by_size``).
 

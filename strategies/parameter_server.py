@@ -49,6 +49,8 @@ class ParameterServerStrategy(CollectiveStrategy):
     Args:
         servers: How many processes serve. Each has whole parameters, spread evenly by bytes; one larger than an even
             share is cut if the optimizer is elementwise.
+        share_parameters: Workers read the server's parameters in place instead of copying them after every step
+            (sync mode, shared memory): what one worker changes by hand, all see at once.
         mode: ``sync``: all workers take part in every step. ``async``: each worker's gradient is a step of its own as
             soon as it arrives, and nobody waits. ``bounded``: the same, but nobody begins a step when it is more than
             ``staleness`` steps ahead of the slowest worker.
@@ -75,6 +77,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         part_mib: float | None = None,
         server_log_every_n_steps: int = 50,
         servers: int = 1,
+        share_parameters: bool = False,
         mode: str = "sync",
         staleness: int | None = None,
         staleness_correction: bool = False,
@@ -85,7 +88,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         super().__init__(**kwargs)
         record, replay = (Path(path) if path else None for path in (record_schedule, replay_schedule))
         self._options = ServerOptions(
-            transport, part_mib, servers, mode, staleness, staleness_correction, record, replay
+            transport, part_mib, servers, share_parameters, mode, staleness, staleness_correction, record, replay
         )
         self.options = self._options.shown()
         self.num_servers = servers
@@ -144,6 +147,15 @@ class ParameterServerStrategy(CollectiveStrategy):
     @property
     def _part_mib(self) -> float:
         return self._options.part_mib or (16.0 if self._shares_memory else 4.0)
+
+    @property
+    def _shares_parameters(self) -> bool:
+        if self._options.share_parameters and not self._shares_memory:
+            raise UserError(
+                "--trainer.strategy.share_parameters needs parameters on the CPU: leave it out, or "
+                "--trainer.accelerator cpu"
+            )
+        return self._options.share_parameters
 
     @property
     def _shares_memory(self) -> bool:
@@ -249,7 +261,7 @@ class ParameterServerStrategy(CollectiveStrategy):
     def _cut(self) -> list[list[list[Cut]]]:
         """Per optimizer and server, what it serves: computed alike in every process."""
         self._cuts = [
-            spread([p for _, p in named], self.num_servers, is_elementwise(optimizer))
+            spread([p for _, p in named], self.num_servers, is_elementwise(optimizer) and not self._shares_parameters)
             for optimizer, named in zip(self.optimizers, self._named_parameters(), strict=True)
         ]
         return self._cuts
@@ -269,6 +281,7 @@ class ParameterServerStrategy(CollectiveStrategy):
                 self._naive,
                 self.world_size if self._shares_memory else None,
                 self.in_lockstep,
+                self._shares_parameters,
             )
             for socket, own in zip(self._sockets.sockets, pieces, strict=True)
         ]
@@ -417,6 +430,8 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._close(1000)
 
     def _close(self, linger_ms: int) -> None:
+        if self._client is not None:
+            self._client.release()
         if self._sockets is not None:
             self._sockets.close(linger_ms)
         self._sockets = self._client = self._naive = None

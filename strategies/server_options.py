@@ -27,6 +27,7 @@ class ServerOptions:
     transport: str = "auto"
     part_mib: float | None = None
     servers: int = 1
+    share_parameters: bool = False
     mode: str = "sync"
     staleness: int | None = None
     staleness_correction: bool = False
@@ -43,6 +44,13 @@ class ServerOptions:
             raise UserError(f"{_FLAG}servers must be >= 1, got {self.servers}")
         if self.servers > 1 and self.transport == "naive":
             raise UserError(f"{_FLAG}transport naive knows one server only, got {_FLAG}servers {self.servers}")
+        if self.share_parameters and self.transport not in ("auto", "shared_memory"):
+            raise UserError(f"{_FLAG}share_parameters needs {_FLAG}transport shared_memory, got {self.transport}")
+        if self.share_parameters and not self.is_sync:
+            raise UserError(
+                f"{_FLAG}share_parameters needs {_FLAG}mode sync: others would step parameters in use, "
+                f"but the mode is {self.mode}"
+            )
         if self.staleness is not None and self.mode != "bounded":
             raise UserError(f"{_FLAG}staleness is the bound of {_FLAG}mode bounded, but the mode is {self.mode}")
         if self.staleness is not None and self.staleness < 0:
@@ -71,7 +79,7 @@ class ServerOptions:
     def shown(self) -> dict[str, Any]:
         """For banners and result files."""
         options: dict[str, Any] = {"transport": self.transport, "part_mib": self.part_mib}
-        options |= {"servers": self.servers, "mode": self.mode}
+        options |= {"servers": self.servers, "mode": self.mode, "share_parameters": self.share_parameters}
         if not self.is_sync:
             options |= {"staleness": self.bound, "staleness_correction": self.staleness_correction}
         return options

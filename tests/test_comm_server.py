@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import threading
 from collections.abc import Iterator
@@ -173,9 +174,14 @@ class _World:
     """A server thread and worker clients over ``inproc://``."""
 
     def __init__(
-        self, num_workers: int, server_named: Any = None, timeout_s: float = 5.0, shared: bool = False
+        self,
+        num_workers: int,
+        server_named: Any = None,
+        timeout_s: float = 5.0,
+        shared: bool = False,
+        in_place: bool = False,
     ) -> None:
-        self.shared = shared
+        self.shared, self.in_place = shared, in_place
         self.context: zmq.Context[Any] = zmq.Context()
         self.server_named = server_named or _named()
         self.error: BaseException | None = None
@@ -205,7 +211,8 @@ class _World:
         socket.connect("inproc://server")
         self.sockets.append(socket)
         sharing = self.num_workers if self.shared else None
-        return WorkerClient(socket, [named], rank, self.timeout_s, 0.001, Timeline(), sharing_workers=sharing)
+        common = (socket, [named], rank, self.timeout_s, 0.001, Timeline())
+        return WorkerClient(*common, sharing_workers=sharing, in_place=self.in_place)
 
     def start_two(self) -> tuple[list[Any], list[WorkerClient]]:
         """Two workers that have been welcomed, and their parameters."""
@@ -226,9 +233,9 @@ class _World:
         self.context.term()
 
 
-@pytest.fixture(params=[False, True], ids=["socket", "shared"])
+@pytest.fixture(params=["socket", "shared", "in_place"])
 def one_worker(request: pytest.FixtureRequest) -> Iterator[_World]:
-    world = _World(1, shared=request.param)
+    world = _World(1, shared=request.param != "socket", in_place=request.param == "in_place")
     yield world
     world.close()
 
@@ -288,3 +295,58 @@ def test_new_parameter_groups_are_refused_with_a_remedy(one_worker: _World) -> N
     with pytest.raises(ValueError, match="manual_allreduce"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     client.bye()
+
+
+# -- parameters in place -------------------------------------------------------------------------------------
+
+
+def _step_both(named: list[Any], clients: list[WorkerClient]) -> None:
+    for own in named:
+        for _, parameter in own:
+            parameter.grad = torch.ones_like(parameter)
+    others = threading.Thread(target=clients[1].step, args=(0, [{}], NO_CLIP))
+    others.start()
+    clients[0].step(0, [{}], NO_CLIP)
+    others.join()
+
+
+def test_parameters_in_place_are_the_same_memory_until_they_are_released() -> None:
+    """An edit of one worker is seen by the other: the price of it, and why it is off by default."""
+    world = _World(2, shared=True, in_place=True)
+    named, clients = world.start_two()
+    weights = [own[0][1] for own in named]
+    with torch.no_grad():
+        weights[0][0, 0] = 7.0
+    assert float(weights[1].detach()[0, 0]) == 7.0
+    _step_both(named, clients)
+    assert torch.equal(weights[0], weights[1])
+    stepped = weights[0].detach().clone()
+    for client in clients:
+        client.release()
+        client.bye()
+    world.close()
+    weights[0].detach().zero_()
+    assert torch.equal(weights[1], stepped)
+
+
+def test_a_backward_pass_through_values_from_before_a_step_in_place_is_an_error() -> None:
+    world = _World(2, shared=True, in_place=True)
+    named, clients = world.start_two()
+    loss = named[0][0][1].square().sum() * named[0][2][1]
+    _step_both(named, clients)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+    for client in clients:
+        client.bye()
+    world.close()
+
+
+def test_a_parameter_in_place_is_saved_without_the_memory_of_the_others() -> None:
+    world = _World(2, shared=True, in_place=True)
+    named, clients = world.start_two()
+    file = io.BytesIO()
+    torch.save(named[0][2][1].detach(), file)
+    assert file.tell() < 3000, "one number, not 4,964 bytes of all parameters"
+    for client in clients:
+        client.bye()
+    world.close()

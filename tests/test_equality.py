@@ -95,8 +95,11 @@ def test_every_way_to_all_reduce_gives_the_same_bits(options: dict[str, Any]) ->
 
 @pytest.mark.parametrize(
     "options",
-    [{"transport": "naive"}, {"transport": "tcp"}, {"transport": "ipc"}, {"part_mib": 0.001}],
-    ids=["naive", "tcp", "ipc", "tiny_parts"],
+    [
+        *({"transport": "naive"}, {"transport": "tcp"}, {"transport": "ipc"}, {"part_mib": 0.001}),
+        *({"share_parameters": True}, {"share_parameters": True, "part_mib": 0.001}),
+    ],
+    ids=["naive", "tcp", "ipc", "tiny_parts", "in_place", "in_place_tiny_parts"],
 )
 @pytest.mark.parametrize("case", ["plain", "clip_norm"])
 def test_every_transport_gives_the_same_bits(options: dict[str, Any], case: str) -> None:

@@ -152,11 +152,11 @@ def _train_on(servers: int, model: Any, trainer: dict[str, Any], **options: Any)
 
 
 @pytest.mark.parametrize("model", [{}, {"optimizer": "adamw", "unused": True, "batch_norm": True}, "two_optimizers"])
-@pytest.mark.parametrize("transport", ["shared_memory", "ipc"])
-def test_any_number_of_servers_gives_the_same_bits(model: Any, transport: str) -> None:
-    alone = _train_on(1, model, {}, transport=transport)[1:]
+@pytest.mark.parametrize("options", [{}, {"transport": "ipc"}, {"share_parameters": True}], ids=str)
+def test_any_number_of_servers_gives_the_same_bits(model: Any, options: dict[str, Any]) -> None:
+    alone = _train_on(1, model, {}, **options)[1:]
     for servers in (2, 3, 5):
-        first, *states = _train_on(servers, model, {}, transport=transport)
+        first, *states = _train_on(servers, model, {}, **options)
         for state, reference in zip(states[-2:], alone, strict=True):
             assert all(torch.equal(reference[name], state[name]) for name in reference)
         assert all(torch.equal(states[-2][name], first[name]) for name in first)  # the process that was started
@@ -206,6 +206,8 @@ def test_parameters_are_spread_evenly_and_cut_only_where_that_is_exact() -> None
         ({"staleness": 3}, "staleness is the bound of --trainer.strategy.mode bounded, but the mode is sync"),
         ({"mode": "bounded", "staleness": -1}, "staleness must be >= 0 steps"),
         ({"staleness_correction": True}, "staleness_correction needs --trainer.strategy.mode async or bounded"),
+        ({"share_parameters": True, "transport": "ipc"}, "share_parameters needs --trainer.strategy.transport shared"),
+        ({"share_parameters": True, "mode": "async"}, "share_parameters needs --trainer.strategy.mode sync"),
         ({"mode": "async", "transport": "naive"}, "transport naive knows the mode sync only"),
     ],
 )

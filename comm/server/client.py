@@ -13,6 +13,7 @@ from torch import Tensor
 from ..buckets import Bucket, make_buckets, view_like
 from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
 from ..timeline import Timeline
+from .in_place import InPlace
 from .layout import Layout, flat_alias
 from .naive import NaivePeers
 from .protocol import Kind, Message, ProtocolError, table_of
@@ -40,6 +41,7 @@ class WorkerClient:
         naive: Moves gradients and parameters instead of the socket, if given.
         sharing_workers: If given, tensors go through memory that the server shares with so many workers, all of them.
         in_lockstep: Whether all workers take part in every step (sync mode).
+        in_place: Parameters live in the server's memory until :meth:`release`; in sync mode with shared memory only.
 
     Raises:
         SharedMemoryError: there is too little memory for that.
@@ -56,6 +58,7 @@ class WorkerClient:
         naive: NaivePeers | None = None,
         sharing_workers: int | None = None,
         in_lockstep: bool = True,
+        in_place: bool = False,
     ) -> None:
         self._socket = socket
         self._named = named_parameters
@@ -69,6 +72,8 @@ class WorkerClient:
         self._inboxes = [SharedBuffers(num_makers) for _ in self._shared or []] if not in_lockstep else []
         self._values: list[list[Bucket]] = []
         """Per optimizer, where new parameters are read in shared memory: the server's own, or this worker's inbox."""
+        self._is_in_place = in_place
+        self._in_place: list[InPlace] = []
         self._scale = 1.0 / sharing_workers if sharing_workers and in_lockstep else 1.0
         self._num_steps = 0
         self.version = 0
@@ -104,6 +109,8 @@ class WorkerClient:
         if self._shared and not self._inboxes:
             handles = zip(self._layouts, memory or [], strict=True)
             self._values = [_buckets_in(layout, attach(handle, layout.specs)) for layout, handle in handles]
+        if self._is_in_place:
+            self._in_place = [InPlace(buckets) for buckets in self._values]
 
     def step(self, number: int, groups: list[dict[str, Any]], clip: dict[str, Any]) -> None:
         """Phase *step* for optimizer ``number``: on return its parameters are the new ones.
@@ -149,6 +156,12 @@ class WorkerClient:
         """Leave. Rank 0's ``info`` (JSON) and ``tree`` (may hold tensors) reach whoever runs the server."""
         description, payload = pack_tree(tree)
         self._send(Message(Kind.BYE, info={"info": info, "tree": description}, payload=payload))
+
+    def release(self) -> None:
+        """Parameters that live in the server's memory get their own; nothing else uses it afterwards."""
+        for in_place in self._in_place:
+            in_place.release()
+        self._in_place = []
 
     def fail(self, error: str) -> None:
         """Tell the server that this worker ends with ``error``; never blocks."""
@@ -241,6 +254,9 @@ class WorkerClient:
         layout = self._layouts[number]
         bucket = layout.buckets[message.bucket]
         start, end = layout.parts(bucket)[message.part]
+        if self._in_place:
+            self._in_place[number].take_over(message.bucket)
+            return 0
         if self._shared:
             self._copy(bucket, self._values[number][message.bucket], start, end)
         else:

@@ -102,6 +102,11 @@ class ServersClient:
         for number, client in enumerate(self._clients):
             client.bye(info, tree if number == 0 else {})
 
+    def release(self) -> None:
+        """See :meth:`.WorkerClient.release`."""
+        for client in self._clients:
+            client.release()
+
     def fail(self, error: str) -> None:
         for client in self._clients:
             client.fail(error)

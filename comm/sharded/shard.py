@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..buckets import Bucket, view_like
+from ..buckets import Bucket, apart, view_like
 from .layout import ShardPlan
 
 
@@ -23,13 +23,6 @@ class Piece:
     """What the optimizer steps, a leaf: 1-D, or the whole parameter in its own shape."""
     gradient: Tensor
     """Of the same shape, in the bucket."""
-
-
-def _apart(flat: Tensor) -> Tensor:
-    """The same memory as a storage of its own: ``torch.save`` writes storages, and a shared one holds everything."""
-    if not flat.is_cpu:
-        return flat
-    return torch.from_numpy(flat.view(torch.uint8).numpy()).view(flat.dtype)
 
 
 @final
@@ -53,7 +46,7 @@ class Shard:
         self._views = bucket.views
         self._factor = len(plan.slices)
         self._reopened: set[int] = set()
-        homes = [_apart(home) for home in values.split([p.numel() for p in plan.parameters])]
+        homes = [apart(home) for home in values.split([p.numel() for p in plan.parameters])]
         self._homes = [view_like(home, p) for home, p in zip(homes, plan.parameters, strict=True)]
         for number, (parameter, home) in enumerate(zip(plan.parameters, homes, strict=True)):
             start, end = self._own_part(number)
