@@ -15,7 +15,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
-from .callbacks import CommunicationMonitor, Dashboard, ResultsWriter, StartBanner, default_progress_callbacks
+from .callbacks import (
+    CommunicationMonitor,
+    Dashboard,
+    ResultsWriter,
+    RunSummary,
+    StartBanner,
+    default_progress_callbacks,
+)
 from .callbacks.run_environment import strategy_flag
 from .datamodules import ImageNetDataModule
 from .errors import UserError
@@ -109,7 +116,7 @@ class GradsyncCLI(LightningCLI):
         writer = ResultsWriter(path.parent if path else run_dir, path.name if path else None)
         self._dump_config()
         writer.config = self.config_dump
-        callbacks: list[pl.Callback] = [writer, Dashboard(), StartBanner()]
+        callbacks: list[pl.Callback] = [writer, Dashboard(), StartBanner(), RunSummary()]
         given = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])
         if config.get("enable_checkpointing") is not False and not given:
             # At the end of the training epoch: Lightning does not save the epoch's training metrics later.

@@ -6,6 +6,7 @@ from .ddp_timeline import DDPTimeline
 from .line_progress import LineProgress, default_progress_callbacks
 from .results_writer import ResultsWriter
 from .run_environment import machine_environment, run_environment
+from .run_summary import RunSummary
 from .start_banner import StartBanner
 from .step_breakdown import StepBreakdown
 from .throughput_progress_bar import ThroughputProgressBar
@@ -16,6 +17,7 @@ __all__ = [
     "Dashboard",
     "LineProgress",
     "ResultsWriter",
+    "RunSummary",
     "StartBanner",
     "StepBreakdown",
     "ThroughputProgressBar",

@@ -15,13 +15,17 @@ from typing_extensions import override
 
 from ..comm.timeline import TimelineLike
 from .ddp_timeline import DDPTimeline
+from .process_usage import ProcessUsage
+from .rank_spread import SPREAD_FIGURES, may_exchange, rank_spread
 from .step_breakdown import RunningMean, StepBreakdown, break_down
 from .step_timer import Phase, StepTimer
 
 
 @final
 class CommunicationMonitor(Callback):
-    """Measures on every rank, logs on rank zero; never synchronizes a device, never communicates.
+    """Measures on every rank, logs on rank zero; never synchronizes a device. Nothing here communicates per step.
+
+    Where it logs, ranks in lockstep exchange three numbers each: who is the fastest and the slowest.
 
     Any strategy with an attribute ``timeline`` (see :mod:`gradsync.comm.timeline`) is measured, Lightning's DDP
     through its own statistics, and one device alone has no communication. A strategy that communicates inside its
@@ -51,6 +55,7 @@ class CommunicationMonitor(Callback):
         self._num_steps = 0
         self._epoch, self._run, self._window = RunningMean(), RunningMean(), RunningMean()
         self._timer = StepTimer()
+        self._usage = ProcessUsage()
         self._timeline: TimelineLike | None = None
         self._num_images = 0
         self._stepped = False
@@ -189,10 +194,14 @@ class CommunicationMonitor(Callback):
     def _log(self, trainer: pl.Trainer) -> None:
         """Write the mean of the steps since the last time."""
         window, self._window = self._window.mean(), RunningMean()
-        if window is None or not trainer.is_global_zero:
+        if window is None or not trainer.loggers:
             return
-        for logger in trainer.loggers:
-            logger.log_metrics(window.metrics(), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        metrics = {**window.metrics(), **self._usage.take()}
+        if may_exchange(trainer):
+            for name, (low, high) in rank_spread(trainer, window).items():
+                metrics |= {f"{SPREAD_FIGURES[name]}_min": low, f"{SPREAD_FIGURES[name]}_max": high}
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def monitor_of(trainer: pl.Trainer) -> CommunicationMonitor | None:

@@ -17,8 +17,9 @@ from ..report.files import atomic_write_json
 from ..report.methods import method_of, result_filename
 from .communication_monitor import monitor_of
 from .results_record import SCHEMA_VERSION, average_communication, communication, describe_run, figure, summarize
+from .rank_spread import rank_spread
 from .run_environment import num_servers, run_environment, strategy_flag
-from .step_breakdown import RunningMean
+from .step_breakdown import RunningMean, StepBreakdown
 from .training_loss import training_loss
 
 
@@ -171,6 +172,8 @@ class ResultsWriter(Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics  # on every rank: computing a metric can be collective
+        mean = self._monitor.epoch_summary()
+        ranks = rank_spread(trainer, mean) if mean is not None and trainer.world_size > 1 else {}
         if not trainer.is_global_zero:
             return
         self._read_losses()
@@ -184,13 +187,12 @@ class ResultsWriter(Callback):
                 "val_loss": None,
                 "val_accuracy": None,
                 **self._validation,
-                **self._step_figures(),
+                **self._step_figures(mean, ranks),
             }
         )
         self._write(complete=False)
 
-    def _step_figures(self) -> dict[str, Any]:
-        mean = self._monitor.epoch_summary()
+    def _step_figures(self, mean: StepBreakdown | None, ranks: dict[str, tuple[float, float]]) -> dict[str, Any]:
         if mean is None:
             return {}
         measured_steps = self._monitor.epoch_measured_steps
@@ -200,7 +202,7 @@ class ResultsWriter(Callback):
             "train_throughput": mean.images_per_s,
             "avg_batch_time": mean.step_ms / 1000.0,
             **average_communication(mean, has_server=self._has_server),
-            "comm": {**communication(mean), "measured_steps": measured_steps},
+            "comm": {**communication(mean), "measured_steps": measured_steps, "ranks": ranks},
         }
 
     def _write(self, *, complete: bool) -> None:

@@ -26,6 +26,7 @@ pytestmark = [
 TAGS = {
     *("comm/exposed_ms", "comm/total_ms", "comm/overlapped_ms", "comm/share_pct", "comm/bytes"),
     *("time/data_ms", "time/compute_ms", "time/optimizer_ms", "time/other_ms", "perf/step_ms", "perf/images_per_s"),
+    *("system/cpu_pct", "system/rss_mib", "system/page_faults_per_s"),
 }
 
 

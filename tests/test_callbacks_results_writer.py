@@ -69,7 +69,7 @@ def test_keys_are_exactly_those_promised(tmp_path: Path) -> None:
     assert [entry["epoch"] for entry in result["epochs"]] == [1, 2]
     for entry in result["epochs"]:
         assert set(entry) == EPOCH_KEYS | {"avg_comm_time"}
-        assert set(entry["comm"]) == COMM_KEYS | {"measured_steps"}
+        assert set(entry["comm"]) == COMM_KEYS | {"measured_steps", "ranks"}
 
 
 def test_figures_are_those_of_the_run(tmp_path: Path) -> None:
