@@ -16,8 +16,8 @@ from typing_extensions import override
 from ..report.files import atomic_write_json
 from ..report.methods import method_of, result_filename
 from .communication_monitor import monitor_of
-from .results_record import SCHEMA_VERSION, average_communication, communication, describe_run, figure, summarize
 from .rank_spread import rank_spread
+from .results_record import SCHEMA_VERSION, average_communication, communication, describe_run, figure, summarize
 from .run_environment import num_servers, run_environment, strategy_flag
 from .step_breakdown import RunningMean, StepBreakdown
 from .training_loss import training_loss
