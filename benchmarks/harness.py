@@ -269,6 +269,12 @@ class Rounds:
         }
         return {name: _spread(rounds) for name, rounds in with_ratios.items()}
 
+    def differences(self, name: str, base: str, metric: Callable[[Metrics], float]) -> dict[str, float]:
+        """Median, min and max over rounds of what `metric` of row `name` is above that of `base` in the same round."""
+        pairs = zip(self._samples[name], self._samples[base], strict=True)
+        values = [metric(sample) - metric(other) for sample, other in pairs]
+        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
     def summary_with_ratios(self, baseline: str, metrics: Mapping[str, str]) -> Summary:
         """As :meth:`summary`, with ``NAME_ratio_to_BASELINE`` for every name and metric in `metrics`."""
         summary = self.summary()

@@ -78,7 +78,7 @@ def _observed(process: Process, workload: Workload, clock: StepClock) -> dict[st
     for callback in callbacks:
         own.watch_callback(callback)
     own.watch_classes()
-    clock.observing_ms = own.spent_ms
+    clock.also = lambda: {"observing_ms": own.spent_ms()}
     return {
         "callbacks": callbacks,
         "logger": TensorBoardLogger(folder, name=None, version="run"),

@@ -37,7 +37,6 @@ _SETTLING_STEPS = 1
 """At the begin of a turn: caches hold what others did meanwhile."""
 
 
-@final
 @dataclass(frozen=True)
 class Workload:
     """What every training process does, whatever the row."""
@@ -94,10 +93,10 @@ class StepClock:
         server_pid: A process that trains nothing, whose processor time counts too.
 
     Attributes:
-        observing_ms: Tells how long the observers have taken so far, where that is measured.
+        also: Further figures that grow, as they are now.
     """
 
-    observing_ms: Callable[[], float] | None = None
+    also: Callable[[], dict[str, float]] = dict
 
     def __init__(self, workload: Workload, parent: Connection, server_pid: int | None) -> None:
         self._workload = workload
@@ -129,9 +128,7 @@ class StepClock:
         now["page_faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         if self._server_pid is not None:
             now["server_cpu_ms"] = 1000 * cpu_s(self._server_pid)
-        if self.observing_ms is not None:
-            now["observing_ms"] = self.observing_ms()
-        return now
+        return now | self.also()
 
     def _metrics(self) -> dict[str, float]:
         """Per step."""

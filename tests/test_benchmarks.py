@@ -104,6 +104,21 @@ def test_monitor_measures_what_watching_takes(tmp_path: Path) -> None:
         assert 0 < metrics["share_pct"]["median"] < 100
 
 
+def test_exposure_compares_with_the_wall_clock_and_writes_the_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    marks = ("<!-- exposure table: benchmarks/exposure.py writes it -->", "<!-- end of exposure table -->")
+    page.write_text("\n".join(marks))
+    rows = "ddp,native,sharded_server,parameter_server"
+    tiny = f"--layers 2 --rounds 1 --steps 2 --warmup 1 --rows {rows} --markdown {page}"
+    done = run_script("exposure.py", *tiny.split(), "--json", str(tmp_path / "exposure.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "exposure.json").read_text())
+    assert result["settings"]["failed"] == {}
+    assert list(result["rows"]) == rows.split(",")
+    assert all(metrics["exposed_ms"]["median"] > 0 for metrics in result["rows"].values())
+    assert all(f"| `{name}` |" in page.read_text() for name in result["rows"])
+
+
 def test_sync_measures_every_algorithm_and_checks_its_sum(tmp_path: Path) -> None:
     tiny = "--ranks 3 --arch shufflenet_v2_x0_5 --rounds 1 --sums 1"
     done = run_script("sync.py", *tiny.split(), "--json", str(tmp_path / "sync.json"))
