@@ -44,7 +44,7 @@ class ServerTensorBoard:
         store: Of the run, in which that is announced.
         name: Of the folder.
         steps_per_worker_step: How many steps the server takes per step of a worker.
-        shows_staleness: Whether gradients can be stale.
+        shows_staleness: Whether gradients can be stale: in modes async and bounded.
     """
 
     def __init__(self, store: dist.Store, name: str, steps_per_worker_step: int, shows_staleness: bool) -> None:
@@ -76,15 +76,14 @@ class ServerTensorBoard:
             "out_bytes": interval.sent_bytes / steps,
             "step_ms": interval.elapsed_s * 1e3 / steps,
             "receive_ms": interval.receive_ms,
-            "reduce_ms": interval.reduce_ms,
             "optimizer_ms": interval.optimizer_ms,
             "send_ms": interval.send_ms,
         }
-        if self._shows_staleness:
-            scalars["staleness_mean"] = interval.mean_staleness
-            scalars["staleness_max"] = interval.max_staleness
-            scalars["lag_pushes"] = max(figures.behind for figures in workers)
-        return scalars
+        if not self._shows_staleness:
+            return {**scalars, "reduce_ms": interval.reduce_ms}  # where nobody waits nothing is summed
+        scalars["staleness_mean"] = interval.mean_staleness
+        scalars["staleness_max"] = interval.max_staleness
+        return {**scalars, "lag_pushes": max(figures.behind for figures in workers)}
 
     def close(self) -> None:
         if self._writer is not None:
@@ -102,11 +101,14 @@ def _open(folder: str) -> SummaryWriter:
 
 
 def _histogram(interval: Interval) -> dict[str, Any]:
-    """One bucket per number of steps, so that nothing is rounded."""
+    """One bucket per number of steps, so that nothing is rounded.
+
+    TensorBoard draws the outer buckets from ``min`` and to ``max``: half a step further out all are equally wide.
+    """
     counts = [interval.staleness[steps] for steps in range(interval.max_staleness + 1)]
     return {
-        "min": min(interval.staleness, default=0),
-        "max": interval.max_staleness,
+        "min": -0.5,
+        "max": interval.max_staleness + 0.5,
         "num": sum(counts),
         "sum": sum(steps * count for steps, count in enumerate(counts)),
         "sum_squares": sum(steps**2 * count for steps, count in enumerate(counts)),
@@ -127,8 +129,8 @@ def table_row(figures: WorkerFigures, shows_staleness: bool) -> dict[str, str]:
     row = {
         "worker": str(figures.worker),
         "pushes": str(figures.pushes),
-        "behind the fastest": str(figures.behind),
+        "behind": str(figures.behind),
         "last seen": f"{figures.last_seen_s:.1f} s ago",
-        "answered in": f"{figures.answered_ms:.1f} ms",
+        "wait per push": f"{figures.wait_ms:.1f} ms",
     }
-    return {**row, "mean staleness": f"{figures.staleness:.1f}"} if shows_staleness else row
+    return {**row, "staleness": f"{figures.staleness:.1f}"} if shows_staleness else row

@@ -49,7 +49,7 @@ class ServerView:
         self._next_alarm_s = _FIRST_ALARM_S
         if self._every and statistics.total_steps % self._every == 0:
             interval = statistics.take()
-            self._say(" | ".join([_line(interval), *self._staleness(interval), *_laggards(statistics)]))
+            self._say(" | ".join([_line(interval, self._is_sync), *map(_last_seen, statistics.lagging())]))
             self._write(interval, statistics.workers())
 
     def on_idle(self, server: ParameterServer) -> None:
@@ -60,8 +60,8 @@ class ServerView:
         culprits = [figures for figures in server.statistics.lagging() if figures.worker in late]
         if culprits and waited_s >= self._next_alarm_s:
             self._next_alarm_s = 2 * waited_s
-            who = ", ".join(f"worker {figures.worker} ({figures.last_seen_s:.0f} s ago)" for figures in culprits)
-            self._say(f"step {server.statistics.total_steps} | the others wait for {who}, last seen")
+            who = ", ".join(_last_seen(figures) for figures in culprits)
+            self._say(f"step {server.statistics.total_steps} | the others wait for {who}")
 
     def close(self, statistics: ServerStatistics) -> None:
         """When the fit ends, in whatever way: the rest since the last point, and the table of workers."""
@@ -85,34 +85,37 @@ class ServerView:
                 self._board.write(*point)
             self._unwritten.clear()
 
-    def _staleness(self, interval: Interval) -> list[str]:
-        return [] if self._is_sync else [f"staleness {interval.mean_staleness:.1f}, max {interval.max_staleness}"]
-
     def _show(self, workers: list[WorkerFigures]) -> None:
         rows = [table_row(figures, shows_staleness=not self._is_sync) for figures in workers]
         if sys.stdout.isatty():
             _print_table(self._name, rows)
             return
         for row in rows:
-            self._say(", ".join(f"{column} {cell}" for column, cell in row.items()))
+            self._say(" | ".join(f"{column} {cell}" for column, cell in row.items()))
 
     def _say(self, text: str) -> None:
         print(f"{self._name}: {text}", flush=True)
 
 
-def _line(interval: Interval) -> str:
+def _line(interval: Interval, is_sync: bool) -> str:
     mb_per_s = 1e6 * interval.elapsed_s
+    times_ms = {
+        "receive": interval.receive_ms,
+        **({"reduce": interval.reduce_ms} if is_sync else {}),
+        "optimizer": interval.optimizer_ms,
+        "send": interval.send_ms,
+    }
     return (
         f"step {interval.total_steps} | {_short(interval.pushes_per_s)} pushes/s | "
-        f"{_short(interval.received_bytes / mb_per_s)} MB/s in, {_short(interval.sent_bytes / mb_per_s)} MB/s out | "
-        f"queue {interval.queue_pushes:.1f} | receive {_short(interval.receive_ms)} ms, "
-        f"reduce {_short(interval.reduce_ms)} ms, optimizer {_short(interval.optimizer_ms)} ms, "
-        f"send {_short(interval.send_ms)} ms"
+        f"{_short(interval.received_bytes / mb_per_s)} MB/s in, {_short(interval.sent_bytes / mb_per_s)} out | "
+        f"queue {interval.queue_pushes:.1f} | "
+        f"{', '.join(f'{name} {_short(value)}' for name, value in times_ms.items())} ms"
+        + ("" if is_sync else f" | staleness {interval.mean_staleness:.1f}, max {interval.max_staleness}")
     )
 
 
-def _laggards(statistics: ServerStatistics) -> list[str]:
-    return [f"worker {figures.worker} last seen {figures.last_seen_s:.0f} s ago" for figures in statistics.lagging()]
+def _last_seen(figures: WorkerFigures) -> str:
+    return f"worker {figures.worker}, last seen {figures.last_seen_s:.0f} s ago"
 
 
 def _short(value: float) -> str:

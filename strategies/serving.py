@@ -93,11 +93,11 @@ class Serving:
             return server.serve()
         finally:
             self._options.write_schedule(self._applied)
-            self._view.close(server.statistics)
             server.release()
             for optimizer, groups in zip(optimizers, whole, strict=True):
                 for group, parameters in zip(optimizer.param_groups, groups, strict=True):
                     group["params"] = parameters
+            self._view.close(server.statistics)
 
     def _make_server(self, optimizers: list[Optimizer], named: list[list[tuple[str, Tensor]]]) -> ParameterServer:
         common = (

@@ -23,8 +23,8 @@ class WorkerFigures:
     """How many fewer pushes than the fastest worker's."""
     last_seen_s: float
     """Seconds since its last message."""
-    answered_ms: float
-    """Mean time from a push's announcement until the server had answered it: how long the worker waited."""
+    wait_ms: float
+    """Mean time from a push's announcement until the server had answered it."""
     staleness: float
     """Mean number of steps by others that came between its parameters and its gradients."""
 
@@ -85,7 +85,7 @@ class ServerStatistics:
         self.left: set[int] = set()
         self.total_steps = 0
         self._pushes = dict.fromkeys(range(num_workers), 0)
-        self._answered_ns = dict.fromkeys(range(num_workers), 0)
+        self._answer_ns = dict.fromkeys(range(num_workers), 0)
         self._stale_steps = dict.fromkeys(range(num_workers), 0)
         self._began_ns = self._since_ns = 0
         self._restart()
@@ -108,7 +108,7 @@ class ServerStatistics:
     def answered(self, worker: int, announced_ns: int) -> None:
         """The push that ``worker`` announced then has got its reply."""
         waited_ns = time.perf_counter_ns() - announced_ns
-        self._answered_ns[worker] += waited_ns
+        self._answer_ns[worker] += waited_ns
         self._waited_ns += waited_ns
         if self.total_steps == 0:  # rates count from the first announcement: before it the server has nothing to do
             self._began_ns = self._since_ns = min(self._since_ns or announced_ns, announced_ns)
@@ -151,7 +151,7 @@ class ServerStatistics:
                 pushes,
                 fastest - pushes,
                 (now_ns - self.seen_ns[worker]) / 1e9,
-                self._answered_ns[worker] / 1e6 / max(1, pushes),
+                self._answer_ns[worker] / 1e6 / max(1, pushes),
                 self._stale_steps[worker] / max(1, pushes),
             )
             for worker, pushes in self._pushes.items()
