@@ -157,13 +157,17 @@ def test_every_zero_steps_is_never_anywhere(tmp_path: Path) -> None:
     assert not (tmp_path / "version_0" / "server").exists()
 
 
-def test_a_worker_that_keeps_the_others_waiting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "step"), [({}, 10), ({"mode": "bounded", "staleness": 1}, 34)])
+def test_a_worker_that_keeps_the_others_waiting_is_named(
+    options: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(statistics, "_LAGGING_S", 0.5)  # the ranks are forked: they inherit it
     monkeypatch.setattr(server_view, "_FIRST_ALARM_S", 0.5)
-    server, *_ = _run(None, 3, {}, pause_s=2.0)
+    server, *_ = _run(None, 4, options, pause_s=2.0)
     waiting = [line for line in server if "wait for" in line]
     assert waiting
-    assert all(line.startswith("server: step 10 | the others wait for worker 1, last seen ") for line in waiting)
+    text = f"server: step {step} | the others wait for worker 1, last seen "  # bounded: 12 + 10 + 12 pushes
+    assert all(line.startswith(text) for line in waiting)
 
 
 def test_who_lags_is_a_matter_of_its_own_pace(monkeypatch: pytest.MonkeyPatch) -> None:
