@@ -32,6 +32,7 @@ from .rendezvous import roll_call
 from .server_launcher import ServerLauncher, ServingDone
 from .server_options import ServerOptions
 from .server_sockets import ServerSockets
+from .server_tensorboard import announce
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
@@ -63,7 +64,8 @@ class ParameterServerStrategy(CollectiveStrategy):
             baseline). ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
         part_mib: Size of a part in MiB: pushing, summing, stepping and pulling overlap part by part. By default what
             was fastest: 16 in shared memory, 4 on sockets.
-        server_log_every_n_steps: How often the server prints what it does; 0 for never.
+        server_log_every_n_steps: How often the server prints what it does, and writes it to TensorBoard if the trainer
+            has a TensorBoardLogger; 0 for neither.
         kwargs: See :class:`CollectiveStrategy`.
     """
 
@@ -296,6 +298,12 @@ class ParameterServerStrategy(CollectiveStrategy):
         self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
         if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
             self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
+
+    @override
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        if self.is_global_zero:
+            announce(self._store, self.lightning_module.trainer)
 
     @override
     def stop_fitting(self) -> None:

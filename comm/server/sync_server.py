@@ -60,7 +60,9 @@ class SyncServer(ParameterServer):
         if self._naive is None:
             self._advance(message.optimizer, None)
         else:
-            self.statistics.num_bytes += aggregator.step_naively(self._naive)
+            num_bytes = aggregator.step_naively(self._naive)
+            self.statistics.received_bytes += num_bytes // 2
+            self.statistics.sent_bytes += num_bytes // 2
             self._finish_step(message.optimizer)
 
     @override
@@ -68,7 +70,7 @@ class SyncServer(ParameterServer):
         payload = self._payload(worker, message)
         self.served[message.optimizer].add(worker, message.bucket, message.part, payload)
         self._pushed_at[worker] = (self._pushed_at[worker][0], time.perf_counter_ns())
-        self.statistics.num_bytes += len(payload)
+        self.statistics.received_bytes += len(payload)
         self._advance(message.optimizer, message.bucket)
 
     def _advance(self, number: int, bucket_index: int | None) -> None:
@@ -90,6 +92,8 @@ class SyncServer(ParameterServer):
         times = {"reduce_ms": aggregator.reduce_ms, "optimizer_ms": aggregator.optimizer_ms}
         for worker in range(self._num_workers):
             self._send(worker, Message(Kind.DONE, number, info={"receive_ms": receive_ms[worker], **times}))
+            self.statistics.applied(worker)
+            self.statistics.answered(worker, self._pushed_at[worker][0])
         aggregator.reset()
         self._waiting_since = None
         self._count_step({"receive_ms": max(receive_ms.values()), **times})
