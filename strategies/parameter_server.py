@@ -21,7 +21,9 @@ from typing_extensions import override
 
 from ..comm.optimizers import is_elementwise
 from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient
+from ..comm.server.collective import CollectivePeers
 from ..comm.server.naive import NaivePeers
+from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
 from ..errors import UserError
@@ -57,10 +59,11 @@ class ParameterServerStrategy(CollectiveStrategy):
         record_schedule: A JSON file for the order of workers in which gradients were applied.
         replay_schedule: Such a file: apply them in this order, so that a run is repeated to the bit.
         transport: ``shared_memory`` (tensors in memory that all processes map, CPU only), ``ipc`` (ZeroMQ over a
-            Unix socket), ``tcp`` (ZeroMQ over loopback) or ``naive`` (one blocking send and recv per parameter; the
-            baseline). ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
+            Unix socket), ``tcp`` (ZeroMQ over loopback), ``collective`` (a reduce to the server and a broadcast from it
+            by ``process_group_backend``) or ``naive`` (one blocking send and recv per parameter; the baseline).
+            ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
         part_mib: Size of a part in MiB: pushing, summing, stepping and pulling overlap part by part. By default what
-            was fastest: 16 in shared memory, 4 on sockets.
+            was fastest: 16 in shared memory, 4 on sockets; as DDP's buckets, 25, with ``collective``.
         server_log_every_n_steps: How often the server prints what it does; 0 for never.
         kwargs: See :class:`CollectiveStrategy`.
     """
@@ -95,7 +98,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._sockets: ServerSockets | None = None
         self._cuts: list[list[list[Cut]]] = []
         self._client: ServersClient | None = None
-        self._naive: NaivePeers | None = None
+        self._peers: Peers | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
 
     # -- topology --------------------------------------------------------------------------------------------
@@ -143,6 +146,8 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     @property
     def _part_mib(self) -> float:
+        if self.options["transport"] == "collective":
+            return self._options.part_mib or 25.0
         return self._options.part_mib or (16.0 if self._shares_memory else 4.0)
 
     @property
@@ -169,9 +174,17 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.join_workers()
             endpoints = [self._store.get(f"endpoint {server}").decode() for server in range(self.num_servers)]
             self._sockets.connect(endpoints, self.global_rank)
+        self._peers = self._meet_peers()
+
+    def _meet_peers(self) -> Peers | None:
+        """What moves gradients and parameters if the socket does not; blocks until all processes are here."""
+        store, rank, size = dist.PrefixStore("peers", self._store), self.process_rank, self.world_size + 1
         if self.options["transport"] == "naive":
-            peers = dist.PrefixStore("naive", self._store)
-            self._naive = NaivePeers(peers, self.process_rank, self.world_size + 1, self.start_timeout)
+            return NaivePeers(store, rank, size, self.start_timeout)
+        if self.options["transport"] == "collective":
+            backend = self.process_group_backend
+            return CollectivePeers(store, rank, size, backend, self.start_timeout, self.step_timeout)
+        return None
 
     def join_workers(self) -> None:
         """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
@@ -266,7 +279,7 @@ class ParameterServerStrategy(CollectiveStrategy):
                 self.step_timeout.total_seconds(),
                 self._part_mib,
                 self.timeline,
-                self._naive,
+                self._peers,
                 self.world_size if self._shares_memory else None,
                 self.in_lockstep,
             )
@@ -370,7 +383,7 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._shares_memory,
             self._log_every,
             launcher.first_exit_code,
-            self._naive,
+            self._peers,
         )
 
     # -- leaving ---------------------------------------------------------------------------------------------
@@ -412,6 +425,8 @@ class ParameterServerStrategy(CollectiveStrategy):
         """Tell the other side why, then let go of everything without waiting."""
         if self._client is not None:
             self._client.fail(f"{type(exception).__name__}: {exception}")
+        if self._peers is not None:
+            self._peers.abort()
         if self.is_server and self._launcher is not None:
             self._launcher.kill(signal.SIGTERM)
         self._close(1000)
@@ -419,4 +434,4 @@ class ParameterServerStrategy(CollectiveStrategy):
     def _close(self, linger_ms: int) -> None:
         if self._sockets is not None:
             self._sockets.close(linger_ms)
-        self._sockets = self._client = self._naive = None
+        self._sockets = self._client = self._peers = None

@@ -9,7 +9,9 @@ from typing import Any, final
 
 from ..errors import UserError
 
-_TRANSPORTS = ("auto", "shared_memory", "ipc", "tcp", "naive")
+_TRANSPORTS = ("auto", "shared_memory", "ipc", "tcp", "collective", "naive")
+_OF_ALL_WORKERS = ("collective", "naive")
+"""Transports in which all processes take part in every step."""
 _MODES = ("sync", "async", "bounded")
 _FLAG = "--trainer.strategy."
 _DEFAULT_STALENESS = 4
@@ -41,8 +43,10 @@ class ServerOptions:
             raise UserError(f"{_FLAG}part_mib must be > 0 MiB, got {self.part_mib}")
         if self.servers < 1:
             raise UserError(f"{_FLAG}servers must be >= 1, got {self.servers}")
-        if self.servers > 1 and self.transport == "naive":
-            raise UserError(f"{_FLAG}transport naive knows one server only, got {_FLAG}servers {self.servers}")
+        if self.servers > 1 and self.transport in _OF_ALL_WORKERS:
+            raise UserError(
+                f"{_FLAG}transport {self.transport} knows one server only, got {_FLAG}servers {self.servers}"
+            )
         if self.staleness is not None and self.mode != "bounded":
             raise UserError(f"{_FLAG}staleness is the bound of {_FLAG}mode bounded, but the mode is {self.mode}")
         if self.staleness is not None and self.staleness < 0:
@@ -53,8 +57,8 @@ class ServerOptions:
                     raise UserError(f"{_FLAG}{name} needs {_FLAG}mode async or bounded")
         elif self.servers > 1 and (self.record_schedule or self.replay_schedule):
             raise UserError(f"{_FLAG}record_schedule and replay_schedule need {_FLAG}servers 1")
-        elif self.transport == "naive":
-            raise UserError(f"{_FLAG}transport naive knows the mode sync only")
+        elif self.transport in _OF_ALL_WORKERS:
+            raise UserError(f"{_FLAG}transport {self.transport} knows the mode sync only")
 
     @property
     def is_sync(self) -> bool:

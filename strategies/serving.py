@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..comm.server import AsyncServer, ParameterServer, ServerStatistics, SyncServer, WorkerFailed
-from ..comm.server.naive import NaivePeers
+from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut
 from .server_options import ServerOptions
@@ -39,6 +39,7 @@ class Serving:
         shared: Whether tensors go through shared memory.
         log_every: Steps between two lines on the console; 0 for none.
         first_exit: (process rank, exit code) of a process of the run that has failed.
+        peers: Move gradients and parameters instead of the socket, if given.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Serving:
         shared: bool,
         log_every: int,
         first_exit: Callable[[], tuple[int, int] | None],
-        naive: NaivePeers | None,
+        peers: Peers | None,
     ) -> None:
         self._options = options
         self._number = number
@@ -65,7 +66,7 @@ class Serving:
         self._shared = shared
         self._log_every = log_every
         self._first_exit = first_exit
-        self._naive = naive
+        self._peers = peers
         self._applied: list[int] = []
         self._told_progress = 0.0
 
@@ -109,7 +110,7 @@ class Serving:
                 schedule=self._options.schedule(),
                 on_apply=self._note_applied,
             )
-        server = SyncServer(*common, naive=self._naive)
+        server = SyncServer(*common, peers=self._peers)
         if self._options.servers > 1:
             add = self._make_sum()
             for served in server.served:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from ..buckets import Bucket, BufferSpec
 from ..optimizers import steps_per_tensor
 from ..packing import tensor_from
-from .naive import NaivePeers
+from .peers import Peers, Watch
 from .protocol import ProtocolError
 from .served import ServedOptimizer
 
@@ -157,18 +157,13 @@ class Aggregator(ServedOptimizer):
         """Per parameter of ``bucket``: whether any worker used it."""
         return [any(column) for column in zip(*(used[bucket.index()] for used in self._used.values()), strict=True)]
 
-    def step_naively(self, peers: NaivePeers) -> int:
-        """Do the whole step over the naive transport (see there); returns the bytes."""
-        parameters = [p for bucket in self.layout.buckets for p in bucket.parameters()]
-        num_bytes = peers.serve(parameters, self._step_used)
+    def step_with(self, peers: Peers, watch: Watch) -> int:
+        """Do the whole step without the socket; returns the bytes."""
+        num_bytes = peers.collect(self.layout.buckets, watch)
+        for _ in self._step_all():
+            pass
         self._open.clear()
-        return num_bytes
-
-    def _step_used(self) -> None:
-        for bucket in self.layout.buckets:
-            for parameter, used in zip(bucket.parameters(), self._flags(bucket), strict=True):
-                parameter.grad = parameter.grad if used else None
-        self._step(self._info["clip"])
+        return num_bytes + peers.distribute(self._values.buckets, watch)
 
     def _step_all(self) -> Iterator[tuple[Bucket, bool]]:
         for bucket in self.layout.buckets:

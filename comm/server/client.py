@@ -14,7 +14,7 @@ from ..buckets import Bucket, make_buckets, view_like
 from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
 from ..timeline import Timeline
 from .layout import Layout, flat_alias
-from .naive import NaivePeers
+from .peers import Peers
 from .protocol import Kind, Message, ProtocolError, table_of
 from .shared_buckets import SharedBuffers, attach
 
@@ -37,7 +37,7 @@ class WorkerClient:
         timeout_s: Seconds to wait for an answer.
         part_mib: Message size in MiB, as the server's.
         timeline: Where the spans go.
-        naive: Moves gradients and parameters instead of the socket, if given.
+        peers: Move gradients and parameters instead of the socket, if given.
         sharing_workers: If given, tensors go through memory that the server shares with so many workers, all of them.
         in_lockstep: Whether all workers take part in every step (sync mode).
 
@@ -53,7 +53,7 @@ class WorkerClient:
         timeout_s: float,
         part_mib: float,
         timeline: Timeline,
-        naive: NaivePeers | None = None,
+        peers: Peers | None = None,
         sharing_workers: int | None = None,
         in_lockstep: bool = True,
     ) -> None:
@@ -76,7 +76,8 @@ class WorkerClient:
         self._rank = rank
         self._timeout_s = timeout_s + _GRACE_S
         self._timeline = timeline
-        self._naive = naive
+        self._peers = peers
+        self._early: Message | None = None
 
     def start(self) -> None:
         """Phases *hello* and *init*: agree on the model; rank 0 sends the values to start from."""
@@ -123,9 +124,21 @@ class WorkerClient:
         self._num_steps += 1
         info = {"used": used, "groups": groups, "clip": clip, "sequence": self._num_steps}
         self._send(Message(Kind.STEP, number, info=info))
-        if self._naive is None:
-            return self._push(number, used)
-        return self._naive.push_pull([p for bucket in layout.buckets for p in bucket.parameters()])
+        return self._push(number, used) if self._peers is None else self._push_pull(self._peers, layout)
+
+    def _push_pull(self, peers: Peers, layout: Layout) -> int:
+        try:
+            return peers.push_pull(layout.buckets, self._look)
+        except RuntimeError as error:
+            if self._early is None and not self._socket.poll(int(_GRACE_S * 1000)):  # the server knows who has gone
+                raise ServerFailed(f"the exchange with the parameter server broke off: {error}") from error
+            self._receive()
+            raise
+
+    def _look(self) -> None:
+        """Raise if the server has failed, while the answer is awaited elsewhere."""
+        if self._early is None and self._socket.poll(0):
+            self._early = self._receive()
 
     def fetch(self) -> None:
         """Take over the server's current parameters, of all optimizers."""
@@ -160,6 +173,9 @@ class WorkerClient:
         self._socket.send_multipart(message.frames(), copy=False)
 
     def _receive(self) -> Message:
+        if self._early is not None:
+            message, self._early = self._early, None
+            return message
         if not self._socket.poll(int(self._timeout_s * 1000)):
             raise ServerFailed(
                 f"the parameter server did not answer worker {self._rank} within {self._timeout_s:g} s; "
