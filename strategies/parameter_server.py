@@ -64,6 +64,8 @@ class ParameterServerStrategy(CollectiveStrategy):
             ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
         part_mib: Size of a part in MiB: pushing, summing, stepping and pulling overlap part by part. By default what
             was fastest: 16 in shared memory, 4 on sockets; as DDP's buckets, 25, with ``collective``.
+        wire_dtype: ``float32``, ``bfloat16`` or ``float16``: gradients and parameters of wider floats travel in it.
+            Workers compute with parameters rounded to it; the server, checkpoints and the final weights are not rounded.
         server_log_every_n_steps: How often the server prints what it does; 0 for never.
         kwargs: See :class:`CollectiveStrategy`.
     """
@@ -83,12 +85,13 @@ class ParameterServerStrategy(CollectiveStrategy):
         staleness_correction: bool = False,
         record_schedule: str | Path | None = None,
         replay_schedule: str | Path | None = None,
+        wire_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         record, replay = (Path(path) if path else None for path in (record_schedule, replay_schedule))
         self._options = ServerOptions(
-            transport, part_mib, servers, mode, staleness, staleness_correction, record, replay
+            transport, part_mib, servers, mode, staleness, staleness_correction, record, replay, wire_dtype
         )
         self.options = self._options.shown()
         self.num_servers = servers
@@ -282,6 +285,7 @@ class ParameterServerStrategy(CollectiveStrategy):
                 self._peers,
                 self.world_size if self._shares_memory else None,
                 self.in_lockstep,
+                self._options.dtype_on_wire,
             )
             for socket, own in zip(self._sockets.sockets, pieces, strict=True)
         ]
@@ -335,9 +339,21 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """For a checkpoint: in mid-epoch others may have gone on, so ask the servers."""
+        if self._fitting and self._options.wire_dtype is not None:
+            return self._exact_state_dict()
         if self._fitting and not self.in_lockstep:
             self._fetch()
         return super().lightning_module_state_dict()
+
+    def _exact_state_dict(self) -> dict[str, Any]:
+        """As the servers have it; here, parameters stay rounded, or how often one saves would change the run."""
+        if self.in_lockstep and not self.is_global_zero:
+            return super().lightning_module_state_dict()  # nobody keeps it
+        assert self._client is not None
+        self._client.fetch(exact=True)
+        state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in super().lightning_module_state_dict().items()}
+        self._client.round()
+        return state
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
@@ -391,15 +407,21 @@ class ParameterServerStrategy(CollectiveStrategy):
     def leave(self, trainer: pl.Trainer, result: Any) -> None:
         """Worker: say bye; rank 0 hands over what the server's process should end with."""
         assert self._client is not None
-        if not self.in_lockstep and trainer.state.fn == TrainerFn.FITTING:
-            self.control.barrier()  # all have pushed their last
-            self._fetch()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._take_final_weights()
         info, state = None, {}
         if self.is_global_zero:
             info = last_words(trainer, result)
             state = self._unserved_state() if trainer.state.fn == TrainerFn.FITTING else {}
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
+
+    def _take_final_weights(self) -> None:
+        assert self._client is not None
+        if not self.in_lockstep:
+            self.control.barrier()  # all have pushed their last
+        if not self.in_lockstep or self._options.wire_dtype is not None:
+            self._client.fetch(exact=True)
 
     def _unserved_state(self) -> dict[str, Tensor]:
         """What the first server does not have: buffers, parameters without an optimizer, what others serve."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+import torch
+
+from ..comm.server.wire import WIRE_DTYPES
 from ..errors import UserError
 
 _TRANSPORTS = ("auto", "shared_memory", "ipc", "tcp", "collective", "naive")
@@ -34,11 +37,19 @@ class ServerOptions:
     staleness_correction: bool = False
     record_schedule: Path | None = None
     replay_schedule: Path | None = None
+    wire_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (("transport", self.transport, _TRANSPORTS), ("mode", self.mode, _MODES)):
             if value not in known:
                 raise UserError(f"{_FLAG}{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.wire_dtype not in (None, *WIRE_DTYPES):
+            raise UserError(f"{_FLAG}wire_dtype must be one of {', '.join(WIRE_DTYPES)}, got {self.wire_dtype!r}")
+        if self.wire_dtype and self.transport in _OF_ALL_WORKERS:
+            raise UserError(
+                f"{_FLAG}wire_dtype needs {_FLAG}transport shared_memory, ipc or tcp: {self.transport} sends "
+                "tensors as they are"
+            )
         if self.part_mib is not None and self.part_mib <= 0:
             raise UserError(f"{_FLAG}part_mib must be > 0 MiB, got {self.part_mib}")
         if self.servers < 1:
@@ -66,6 +77,11 @@ class ServerOptions:
         return self.mode == "sync" or (self.mode == "bounded" and self.staleness == 0)
 
     @property
+    def dtype_on_wire(self) -> torch.dtype | None:
+        """None: as tensors are held."""
+        return WIRE_DTYPES[self.wire_dtype] if self.wire_dtype else None
+
+    @property
     def bound(self) -> int | None:
         """How many steps a worker may be ahead of the slowest; None for any number."""
         if self.mode != "bounded":
@@ -75,7 +91,7 @@ class ServerOptions:
     def shown(self) -> dict[str, Any]:
         """For banners and result files."""
         options: dict[str, Any] = {"transport": self.transport, "part_mib": self.part_mib}
-        options |= {"servers": self.servers, "mode": self.mode}
+        options |= {"servers": self.servers, "mode": self.mode, "wire_dtype": self.wire_dtype}
         if not self.is_sync:
             options |= {"staleness": self.bound, "staleness_correction": self.staleness_correction}
         return options

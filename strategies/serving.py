@@ -100,7 +100,7 @@ class Serving:
     def _make_server(self, optimizers: list[Optimizer], named: list[list[tuple[str, Tensor]]]) -> ParameterServer:
         common = (
             *(self._socket, optimizers, named, self._num_workers, self._timeout.total_seconds(), self._part_mib),
-            *(self.watch, self._report, self._shared),
+            *(self.watch, self._report, self._shared, self._options.dtype_on_wire),
         )
         if not self._options.is_sync:
             return AsyncServer(

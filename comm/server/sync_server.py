@@ -45,7 +45,8 @@ class SyncServer(ParameterServer):
         part_mib: float,
         allocate: Callable[[list[BufferSpec]], list[Tensor]] | None,
     ) -> Aggregator:
-        return Aggregator(optimizer, parameters, self._num_workers, part_mib, allocate, are_scaled=allocate is not None)
+        workers, wire_dtype, are_scaled = self._num_workers, self._wire_dtype, allocate is not None
+        return Aggregator(optimizer, parameters, workers, part_mib, allocate, wire_dtype, are_scaled)
 
     @override
     def _late_workers(self) -> set[int]:
