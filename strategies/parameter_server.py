@@ -15,6 +15,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -22,6 +23,7 @@ from typing_extensions import override
 from ..comm.optimizers import is_elementwise
 from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient
 from ..comm.server.collective import CollectivePeers
+from ..comm.server.layout import travelling_dtype
 from ..comm.server.naive import NaivePeers
 from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
@@ -65,7 +67,8 @@ class ParameterServerStrategy(CollectiveStrategy):
         part_mib: Size of a part in MiB: pushing, summing, stepping and pulling overlap part by part. By default what
             was fastest: 16 in shared memory, 4 on sockets; as DDP's buckets, 25, with ``collective``.
         wire_dtype: ``float32``, ``bfloat16`` or ``float16``: gradients and parameters of wider floats travel in it.
-            Workers compute with parameters rounded to it; the server, checkpoints and the final weights are not rounded.
+            Workers compute with parameters rounded to it; the server, checkpoints and the final weights hold them
+            unrounded. By default they travel as they are.
         server_log_every_n_steps: How often the server prints what it does; 0 for never.
         kwargs: See :class:`CollectiveStrategy`.
     """
@@ -296,10 +299,20 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def start_fitting(self) -> None:
         self._refuse_unservable()
+        self._warn_of_no_effect()
         client = self._client = self._connect(self._named_parameters(), self._cut())
         self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
         if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
             self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _warn_of_no_effect(self) -> None:
+        wire_dtype = self._options.dtype_on_wire
+        travel = [p for named in self._named_parameters() for _, p in named if p.requires_grad]
+        if wire_dtype is not None and all(travelling_dtype(p.dtype, wire_dtype) == p.dtype for p in travel):
+            rank_zero_warn(
+                f"--trainer.strategy.wire_dtype {self._options.wire_dtype} has no effect: no trained parameter is of a "
+                "wider float dtype"
+            )
 
     @override
     def stop_fitting(self) -> None:

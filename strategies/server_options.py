@@ -91,7 +91,9 @@ class ServerOptions:
     def shown(self) -> dict[str, Any]:
         """For banners and result files."""
         options: dict[str, Any] = {"transport": self.transport, "part_mib": self.part_mib}
-        options |= {"servers": self.servers, "mode": self.mode, "wire_dtype": self.wire_dtype}
+        options |= {"servers": self.servers, "mode": self.mode}
+        if self.wire_dtype is not None:
+            options["wire_dtype"] = self.wire_dtype
         if not self.is_sync:
             options |= {"staleness": self.bound, "staleness_correction": self.staleness_correction}
         return options

@@ -207,6 +207,11 @@ def test_parameters_are_spread_evenly_and_cut_only_where_that_is_exact() -> None
         ({"mode": "bounded", "staleness": -1}, "staleness must be >= 0 steps"),
         ({"staleness_correction": True}, "staleness_correction needs --trainer.strategy.mode async or bounded"),
         ({"mode": "async", "transport": "naive"}, "transport naive knows the mode sync only"),
+        ({"servers": 2, "transport": "collective"}, "transport collective knows one server only"),
+        ({"mode": "bounded", "transport": "collective"}, "transport collective knows the mode sync only"),
+        ({"wire_dtype": "float8"}, "wire_dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ({"wire_dtype": "bfloat16", "transport": "naive"}, "wire_dtype needs .*: naive sends tensors as they are"),
+        ({"wire_dtype": "bfloat16", "transport": "collective"}, "wire_dtype needs .*: collective sends tensors as"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(options: dict[str, Any], text: str) -> None:

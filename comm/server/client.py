@@ -14,10 +14,10 @@ from ..buckets import Bucket, make_buckets, view_like
 from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
 from ..timeline import Timeline
 from .layout import Layout, flat_alias
-from .peers import Peers
+from .peers import ExchangeFailed, Peers
 from .protocol import Kind, Message, ProtocolError, table_of
 from .shared_buckets import SharedBuffers, attach
-from .wire import exact_bytes, make_buffers, refuse_overflow, round_in_place, warn_of_underflow
+from .wire import check_gradients, exact_bytes, make_buffers, round_in_place, warn_of_underflow
 
 _GRACE_S = 5.0
 """A worker waits this much longer than the server, which knows better whom to blame."""
@@ -104,7 +104,7 @@ class WorkerClient:
     def round(self) -> None:
         """So that a worker computes with what it would have after a step, whatever it had before."""
         for layout in self._layouts:
-            round_in_place(layout.buckets, layout.specs)
+            round_in_place(layout, self._names)
 
     def _make_memory(self) -> dict[str, Any] | None:
         """Where the server finds this worker's buffers."""
@@ -145,7 +145,7 @@ class WorkerClient:
     def _push_pull(self, peers: Peers, layout: Layout) -> int:
         try:
             return peers.push_pull(layout.buckets, self._look)
-        except RuntimeError as error:
+        except ExchangeFailed as error:
             if self._early is None and not self._socket.poll(int(_GRACE_S * 1000)):  # the server knows who has gone
                 raise ServerFailed(f"the exchange with the parameter server broke off: {error}") from error
             self._receive()
@@ -233,18 +233,16 @@ class WorkerClient:
                 gradients = [p.grad for p in bucket.parameters()]
                 is_narrowed = self._layouts[number].is_narrowed(bucket)
                 payload = self._payload(bucket, gradients, start, end, 1.0 if is_narrowed else self._scale)
-                if is_narrowed:
-                    self._check_rounded(bucket, gradients, start, end)
+                if is_narrowed and (lost := check_gradients(bucket, gradients, start, end, self._names)):
+                    self._warn_once(lost)
                 self._send(Message(Kind.PUSH, number, bucket.index(), part, payload=payload))
                 num_bytes += (end - start) * bucket.buffer().element_size()
         return num_bytes
 
-    def _check_rounded(self, bucket: Bucket, gradients: list[Any], start: int, end: int) -> None:
-        """A gradient that the wire's dtype cannot hold would be lost silently."""
-        lone = flat_alias(gradients[0], bucket.parameters()[0]) if len(gradients) == 1 else None
-        pairs = (bucket.views, gradients) if lone is None else ([bucket.buffer()[start:end]], [lone[start:end]])
-        refuse_overflow(*pairs, bucket.parameters(), self._names)
-        self._warned = self._warned or warn_of_underflow(*pairs, bucket.parameters(), self._names)
+    def _warn_once(self, name: str) -> None:
+        if not self._warned:
+            warn_of_underflow(name, self._wire_dtype)
+        self._warned = True
 
     @torch.no_grad()
     def _payload(self, bucket: Bucket, tensors: list[Any], start: int, end: int, scale: float) -> memoryview | None:

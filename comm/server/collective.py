@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..buckets import Bucket
-from .peers import Watch
+from .peers import ExchangeFailed, Watch
 
 _WATCH_EVERY_S = 0.2
 _POLL_S = 0.0005
@@ -89,9 +89,13 @@ class CollectivePeers:
     def _run(self, operation: Callable[..., Any], options: Any, buckets: list[Bucket], watch: Watch) -> None:
         """One collective per bucket, in place, all of them under way at once."""
         flats = [bucket.buffer().cpu() if self._is_gloo else bucket.buffer() for bucket in buckets]
-        works = [operation([flat], options) for flat in flats]
-        for bucket, flat, work in zip(buckets, flats, works, strict=True):
-            self._wait(work, watch)
+        try:
+            works = [operation([flat], options) for flat in flats]
+            for work in works:
+                self._wait(work, watch)
+        except RuntimeError as error:
+            raise ExchangeFailed(str(error)) from error
+        for bucket, flat in zip(buckets, flats, strict=True):
             bucket.take(flat)
 
     def _wait(self, work: Any, watch: Watch) -> None:

@@ -11,11 +11,18 @@ Watch = Callable[[], None]
 """Called a few times per second while a method waits for peers; raises if one of them is known to have ended."""
 
 
+class ExchangeFailed(Exception):
+    """A peer is lost or too late. Whose fault it is, the server's watch may know a moment later."""
+
+
 class Peers(Protocol):
     """The server and all workers, who move whole steps among themselves, in sync mode.
 
     Every method blocks, and is called by its side once per step, with the buckets of one optimizer. Buckets that some
-    worker, or even all of them, have no gradient for travel as zeros. All raise RuntimeError when a peer is lost.
+    worker, or even all of them, have no gradient for travel as zeros.
+
+    Raises:
+        ExchangeFailed: a peer is lost, where the backend can tell.
     """
 
     def push_pull(self, buckets: list[Bucket], watch: Watch) -> int:

@@ -23,7 +23,7 @@ from .checks import check_fields, check_settings
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 from .served import ServedOptimizer
 from .shared_buckets import SharedBuffers, attach
-from .wire import refuse_overflow
+from .wire import check_parameters
 
 _POLL_MS = 200
 
@@ -318,10 +318,7 @@ class ParameterServer(ABC):
         for part, (start, end) in enumerate(served.layout.parts(bucket)):
             values = served.reply(bucket, start, end)
             if served.layout.is_narrowed(bucket):
-                parameters = bucket.parameters()
-                sizes = [p.numel() for p in parameters] if len(parameters) > 1 else [end - start]
-                exact = served.values(bucket, start, end).split(sizes)
-                refuse_overflow(values.split(sizes), exact, parameters, self._names)
+                check_parameters(bucket, values, served.values(bucket, start, end), self._names)
             for worker in workers:
                 payload = self._reply(worker, number, bucket.index(), start, values)
                 self._send(worker, Message(Kind.PULL, number, bucket.index(), part, payload=payload))

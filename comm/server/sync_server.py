@@ -13,7 +13,7 @@ from typing_extensions import override
 from ..buckets import BufferSpec
 from ..packing import tensor_bytes
 from .aggregator import Aggregator
-from .peers import Peers
+from .peers import ExchangeFailed, Peers
 from .protocol import Kind, Message
 from .server import ParameterServer, WorkerFailed
 
@@ -70,12 +70,15 @@ class SyncServer(ParameterServer):
     def _step_with(self, peers: Peers, aggregator: Aggregator) -> int:
         try:
             return aggregator.step_with(peers, self._watch)
-        except RuntimeError as error:
+        except ExchangeFailed as error:
             deadline = time.monotonic() + _NAMING_S
             while time.monotonic() < deadline:  # the connection ends a moment before whoever watches can say whose
                 self._watch()
                 time.sleep(0.1)
-            raise WorkerFailed(f"a worker left, or took too long, in the middle of a step: {error}") from error
+            raise WorkerFailed(
+                f"a worker left or stopped in the middle of a step ({error}); --trainer.strategy.step_timeout_s raises "
+                "how long one may take"
+            ) from error
 
     @override
     def _push(self, worker: int, message: Message) -> None:

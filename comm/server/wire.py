@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..buckets import Bucket, BufferSpec, make_buckets
 from ..packing import tensor_bytes
-from .layout import flat_alias
+from .layout import Layout, flat_alias
 
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,12 +25,15 @@ def make_buffers(specs: Iterable[BufferSpec]) -> list[Tensor]:
     return [torch.zeros(spec.numel, dtype=spec.dtype, device=spec.device) for spec in specs]
 
 
-def round_in_place(buckets: Iterable[Bucket], specs: Iterable[BufferSpec]) -> None:
-    """Give the parameters of ``buckets`` the values that they would have if they had travelled."""
-    for bucket, spec in zip(buckets, specs, strict=True):
-        for parameter in bucket.parameters():
-            if parameter.dtype != spec.dtype:
-                parameter.data.copy_(parameter.data.to(spec.dtype))
+def round_in_place(layout: Layout, names: Mapping[Any, str]) -> None:
+    """Give parameters the values that they would have if they had travelled. Raises as :func:`check_parameters`."""
+    for bucket in layout.buckets:
+        if layout.is_narrowed(bucket):
+            parameters = bucket.parameters()
+            rounded = [p.detach().to(layout.specs[bucket.index()].dtype) for p in parameters]
+            _refuse_overflow(rounded, parameters, parameters, names)
+            for parameter, narrow in zip(parameters, rounded, strict=True):
+                parameter.data.copy_(narrow)
 
 
 def exact_bytes(bucket: Bucket, start: int, end: int) -> memoryview:
@@ -45,47 +48,71 @@ def exact_bytes(bucket: Bucket, start: int, end: int) -> memoryview:
     return tensor_bytes(flat[start:end].cpu())
 
 
-def refuse_overflow(
-    rounded: Iterable[Tensor], exact: Iterable[Tensor | None], parameters: Iterable[Tensor], names: Mapping[Any, str]
-) -> None:
+def check_parameters(bucket: Bucket, rounded: Tensor, exact: Tensor, names: Mapping[Any, str]) -> None:
     """Raise ValueError, naming the parameter, if rounding made an infinity of a number.
 
-    Infinities and NaN that were there before pass: they would without rounding, too.
+    Infinities and NaN that were there before pass, as they would without rounding.
 
     Args:
-        rounded: Per parameter, what travels of it, or of its gradient.
-        exact: What that was before; None for zeros.
+        bucket: Of the parameters.
+        rounded: What travels of one part of it, 1-D.
+        exact: What that was before.
         names: Of the parameters.
     """
+    parameters = bucket.parameters()
+    sizes = [p.numel() for p in parameters] if len(parameters) > 1 else [len(exact)]
+    _refuse_overflow(rounded.split(sizes), exact.split(sizes), parameters, names)
+
+
+def check_gradients(
+    bucket: Bucket, gradients: list[Tensor | None], start: int, end: int, names: Mapping[Any, str]
+) -> str | None:
+    """Raise as :func:`check_parameters` for part ``[start, end)`` of the gradients that ``bucket`` now holds, rounded.
+
+    Returns the name of a parameter of whose gradient rounding left nothing, None if there is none.
+    """
+    parameters, first = bucket.parameters(), gradients[0]
+    lone = flat_alias(first, parameters[0]) if first is not None and len(gradients) == 1 else None
+    if lone is not None:
+        rounded, exact = [bucket.buffer()[start:end]], [lone[start:end]]
+    elif start == 0:
+        rounded, exact = bucket.views, gradients
+    else:
+        return None  # all of it was checked with the first part
+    _refuse_overflow(rounded, exact, parameters, names)
+    vanished = [
+        parameter
+        for narrow, wide, parameter in zip(rounded, exact, parameters, strict=True)
+        if wide is not None and _largest(narrow) == 0 and wide.any()
+    ]
+    return names[vanished[0]] if vanished else None
+
+
+def warn_of_underflow(name: str, wire_dtype: torch.dtype | None) -> None:
+    warnings.warn(
+        f"all of the gradient of parameter {name!r} is too small for --trainer.strategy.wire_dtype "
+        f"{_name(wire_dtype)} and became zero: use bfloat16, or scale the loss",
+        stacklevel=2,
+    )
+
+
+def _refuse_overflow(
+    rounded: Iterable[Tensor], exact: Iterable[Tensor | None], parameters: Iterable[Tensor], names: Mapping[Any, str]
+) -> None:
     for narrow, wide, parameter in zip(rounded, exact, parameters, strict=True):
         if wide is None or _largest(narrow).isfinite() or not (wide.isfinite() & ~narrow.isfinite()).any():
             continue
         largest = wide[wide.isfinite()].abs().max().item()
         raise ValueError(
             f"parameter {names[parameter]!r}: {largest:.3g}, in it or in its gradient, is too large for "
-            f"--trainer.strategy.wire_dtype {_name(narrow)}: use bfloat16, or clip or scale the loss"
+            f"--trainer.strategy.wire_dtype {_name(narrow.dtype)}: use bfloat16, or clip or scale the loss"
         )
-
-
-def warn_of_underflow(
-    rounded: Iterable[Tensor], exact: Iterable[Tensor | None], parameters: Iterable[Tensor], names: Mapping[Any, str]
-) -> bool:
-    """Warn if rounding left nothing of a whole gradient; returns whether it did. Arguments as above."""
-    for narrow, wide, parameter in zip(rounded, exact, parameters, strict=True):
-        if wide is not None and _largest(narrow) == 0 and wide.any():
-            warnings.warn(
-                f"all of the gradient of parameter {names[parameter]!r} is too small for --trainer.strategy.wire_dtype "
-                f"{_name(narrow)} and became zero: use bfloat16, or scale the loss",
-                stacklevel=2,
-            )
-            return True
-    return False
 
 
 def _largest(tensor: Tensor) -> Tensor:
     """The largest magnitude; infinite or NaN if any element is. One pass, without a copy."""
-    return torch.linalg.vector_norm(tensor, torch.inf)
+    return torch.linalg.vector_norm(tensor, torch.inf) if tensor.numel() else tensor.new_zeros(())
 
 
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
