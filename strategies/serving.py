@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..comm.server import AsyncServer, ParameterServer, ServerStatistics, SyncServer, WorkerFailed
-from ..comm.server.naive import NaivePeers
+from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut
 from .server_options import ServerOptions
@@ -40,6 +40,7 @@ class Serving:
         shared: Whether tensors go through shared memory.
         log_every: Steps between two lines on the console and two points in TensorBoard; 0 for none.
         first_exit: (process rank, exit code) of a process of the run that has failed.
+        peers: Move gradients and parameters instead of the socket, if given.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Serving:
         shared: bool,
         log_every: int,
         first_exit: Callable[[], tuple[int, int] | None],
-        naive: NaivePeers | None,
+        peers: Peers | None,
     ) -> None:
         self._options = options
         self._number = number
@@ -67,7 +68,7 @@ class Serving:
         self._view = ServerView(store, number if options.servers > 1 else None, log_every, num_workers, options.is_sync)
         self._server: ParameterServer | None = None
         self._first_exit = first_exit
-        self._naive = naive
+        self._peers = peers
         self._applied: list[int] = []
         self._told_progress = 0.0
 
@@ -102,7 +103,7 @@ class Serving:
     def _make_server(self, optimizers: list[Optimizer], named: list[list[tuple[str, Tensor]]]) -> ParameterServer:
         common = (
             *(self._socket, optimizers, named, self._num_workers, self._timeout.total_seconds(), self._part_mib),
-            *(self.watch, self._report, self._shared),
+            *(self.watch, self._report, self._shared, self._options.dtype_on_wire),
         )
         if not self._options.is_sync:
             return AsyncServer(
@@ -112,7 +113,7 @@ class Serving:
                 schedule=self._options.schedule(),
                 on_apply=self._note_applied,
             )
-        server = SyncServer(*common, naive=self._naive)
+        server = SyncServer(*common, peers=self._peers)
         if self._options.servers > 1:
             add = self._make_sum()
             for served in server.served:

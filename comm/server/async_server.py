@@ -74,7 +74,7 @@ class AsyncServer(ParameterServer):
         part_mib: float,
         allocate: Callable[[list[BufferSpec]], list[Tensor]] | None,
     ) -> Applier:
-        return Applier(optimizer, parameters, self._num_workers, part_mib, allocate)
+        return Applier(optimizer, parameters, self._num_workers, part_mib, allocate, self._wire_dtype)
 
     @override
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:

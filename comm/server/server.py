@@ -22,6 +22,7 @@ from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 from .served import ServedOptimizer
 from .shared_buckets import SharedBuffers, attach
 from .statistics import ServerStatistics
+from .wire import check_parameters
 
 _POLL_MS = 200
 
@@ -43,6 +44,7 @@ class ParameterServer(ABC):
         watch: Called a few times per second; raises if a worker process is known to have ended.
         on_step: Called after every step with the statistics.
         shared: Tensors go through memory shared with the workers, which are on this host.
+        wire_dtype: In which gradients and parameters travel, as the workers'; see :class:`.Layout`.
 
     Raises:
         SharedMemoryError: there is too little memory for that.
@@ -59,9 +61,12 @@ class ParameterServer(ABC):
         watch: Callable[[], None],
         on_step: Callable[[ServerStatistics], None],
         shared: bool = False,
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         self._socket = socket
-        self._tables = [table_of(named) for named in named_parameters]
+        self._wire_dtype = wire_dtype
+        self._tables = [table_of(named, wire_dtype) for named in named_parameters]
+        self._names = {p: name for named in named_parameters for name, p in named}
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._watch = watch
@@ -213,7 +218,7 @@ class ParameterServer(ABC):
         if worker != 0:
             raise ProtocolError(f"worker {worker} sends initial values, which only worker 0 may")
         payload = self._payload(worker, message)
-        target = self.served[message.optimizer].part(message.bucket, message.part, payload)
+        target = self.served[message.optimizer].part(message.bucket, message.part, payload, exact=True)
         with torch.no_grad():
             target.copy_(tensor_from(payload, target.dtype))
         self._init_parts.discard((message.optimizer, message.bucket, message.part))
@@ -246,9 +251,12 @@ class ParameterServer(ABC):
             return message.payload
         layout = self.served[message.optimizer].layout
         try:
-            start, end = layout.parts(layout.buckets[message.bucket])[message.part]
+            bucket = layout.buckets[message.bucket]
+            start, end = layout.parts(bucket)[message.part]
         except IndexError:
             raise ProtocolError(f"worker {worker} names bucket {message.bucket} part {message.part}: no such") from None
+        if message.kind == Kind.INIT and layout.is_narrowed(bucket):
+            return message.payload  # unrounded values have no place in the shared memory
         return tensor_bytes(self._pushed[worker][message.optimizer][message.bucket][start:end])
 
     def _count_step(self, times: dict[str, float]) -> None:
@@ -259,15 +267,30 @@ class ParameterServer(ABC):
 
     def _fetch(self, worker: int, message: Message) -> None:
         for bucket in self.served[message.optimizer].layout.buckets:
-            self._send_values(message.optimizer, bucket, [worker])
+            if self.served[message.optimizer].layout.is_narrowed(bucket):
+                self._send_exact_values(message.optimizer, bucket, worker)
+            else:
+                self._send_values(message.optimizer, bucket, [worker])
         self._send(worker, Message(Kind.DONE, message.optimizer, info={}))
 
-    def _send_values(self, number: int, bucket: Bucket, workers: Iterable[int]) -> None:
-        """The bucket's current parameters, to ``workers``."""
+    def _send_exact_values(self, number: int, bucket: Bucket, worker: int) -> None:
+        """The bucket's parameters unrounded, in a message even where there is shared memory."""
         served = self.served[number]
         start_ns = time.perf_counter_ns()
         for part, (start, end) in enumerate(served.layout.parts(bucket)):
-            values = served.values(bucket, start, end)
+            payload = bytes(tensor_bytes(served.values(bucket, start, end).cpu()))
+            self._send(worker, Message(Kind.PULL, number, bucket.index(), part, payload=payload))
+            self.statistics.sent_bytes += len(payload)
+        self.statistics.send_ns += time.perf_counter_ns() - start_ns
+
+    def _send_values(self, number: int, bucket: Bucket, workers: Iterable[int]) -> None:
+        """The bucket's current parameters as they travel, to ``workers``."""
+        served = self.served[number]
+        start_ns = time.perf_counter_ns()
+        for part, (start, end) in enumerate(served.layout.parts(bucket)):
+            values = served.reply(bucket, start, end)
+            if served.layout.is_narrowed(bucket):
+                check_parameters(bucket, values, served.values(bucket, start, end), self._names)
             for worker in workers:
                 payload = self._reply(worker, number, bucket.index(), start, values)
                 self._send(worker, Message(Kind.PULL, number, bucket.index(), part, payload=payload))
