@@ -311,8 +311,8 @@ class ParameterServerStrategy(CollectiveStrategy):
                 self._peers,
                 self.world_size if self._shares_memory else None,
                 self.in_lockstep,
-                self._shares_parameters,
                 self._options.dtype_on_wire,
+                self._shares_parameters,
             )
             for socket, own in zip(self._sockets.sockets, pieces, strict=True)
         ]

@@ -42,9 +42,9 @@ class WorkerClient:
         peers: Move gradients and parameters instead of the socket, if given.
         sharing_workers: If given, tensors go through memory that the server shares with so many workers, all of them.
         in_lockstep: Whether all workers take part in every step (sync mode).
-        in_place: Parameters live in the server's memory until :meth:`release`; in sync mode with shared memory only.
         wire_dtype: In which gradients and parameters travel, as the server's; see :class:`.Layout`. Parameters are
             rounded to it, from :meth:`start` on.
+        in_place: Parameters live in the server's memory until :meth:`release`; in sync mode with shared memory only.
 
     Raises:
         SharedMemoryError: there is too little memory for that.
@@ -61,8 +61,8 @@ class WorkerClient:
         peers: Peers | None = None,
         sharing_workers: int | None = None,
         in_lockstep: bool = True,
-        in_place: bool = False,
         wire_dtype: torch.dtype | None = None,
+        in_place: bool = False,
     ) -> None:
         self._socket = socket
         self._named = named_parameters
