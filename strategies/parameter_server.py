@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..comm.optimizers import is_elementwise
-from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient
+from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient, WorkerGrowth
 from ..comm.server.naive import NaivePeers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
@@ -35,7 +36,8 @@ from .server_sockets import ServerSockets
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
-_BYE_LINGER_MS = 5000
+_BYE_LINGER_MS = 60_000
+"""How long a worker that leaves may take to hand over the weights. It ends as soon as they are sent."""
 
 
 @final
@@ -93,7 +95,6 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._sockets: ServerSockets | None = None
-        self._cuts: list[list[list[Cut]]] = []
         self._client: ServersClient | None = None
         self._naive: NaivePeers | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
@@ -211,6 +212,7 @@ class ParameterServerStrategy(CollectiveStrategy):
                 "--trainer.precision 16-mixed does not work with --trainer.strategy parameter_server: a loss scaler "
                 "may skip a step on one worker only; use bf16-mixed"
             )
+        self._refuse_averaging(trainer)
         if self.is_server:
             self._serve(trainer)
             raise ServingDone
@@ -226,6 +228,15 @@ class ParameterServerStrategy(CollectiveStrategy):
         super().teardown()
         if self._metric_sync is not None:
             self._metric_sync.detach()
+
+    def _refuse_averaging(self, trainer: pl.Trainer) -> None:
+        """Each worker would average what it happened to see, and fetching parameters would overwrite the average."""
+        averaging = [c for c in trainer.callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+        if averaging and not self.in_lockstep and trainer.state.fn == TrainerFn.FITTING:
+            raise UserError(
+                f"--trainer.strategy.mode {self.options['mode']} does not work with {type(averaging[0]).__name__}: "
+                "use --trainer.strategy.mode sync"
+            )
 
     def _refuse_unservable(self) -> None:
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
@@ -248,11 +259,10 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     def _cut(self) -> list[list[list[Cut]]]:
         """Per optimizer and server, what it serves: computed alike in every process."""
-        self._cuts = [
+        return [
             spread([p for _, p in named], self.num_servers, is_elementwise(optimizer))
             for optimizer, named in zip(self.optimizers, self._named_parameters(), strict=True)
         ]
-        return self._cuts
 
     def _connect(self, named: list[Named], cuts: list[list[list[Cut]]]) -> ServersClient:
         """To all servers; blocks until they have seen all workers. See :class:`.ServersClient` for the arguments."""
@@ -280,7 +290,9 @@ class ParameterServerStrategy(CollectiveStrategy):
     def start_fitting(self) -> None:
         self._refuse_unservable()
         client = self._client = self._connect(self._named_parameters(), self._cut())
-        self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
+        assert self.model is not None
+        growth = WorkerGrowth(client, self.optimizers, self.model.named_parameters(), self.num_servers)
+        self.optimizers = [RemoteOptimizer(inner, client, n, growth) for n, inner in enumerate(self.optimizers)]
         if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
             self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -353,7 +365,9 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.setup_precision_plugin()
             _optimizers_to_device(self.optimizers, self.root_device)
         self._refuse_unservable()
-        self._farewell = self._make_serving().serve(self.optimizers, self._named_parameters(), self._cut())
+        assert self.model is not None
+        by_name = dict(self.model.named_parameters())
+        self._farewell = self._make_serving().serve(self.optimizers, self._named_parameters(), self._cut(), by_name)
 
     def _make_serving(self) -> Serving:
         launcher = self._launcher
@@ -384,20 +398,11 @@ class ParameterServerStrategy(CollectiveStrategy):
         info, state = None, {}
         if self.is_global_zero:
             info = last_words(trainer, result)
-            state = self._unserved_state() if trainer.state.fn == TrainerFn.FITTING else {}
+            # all of it: callbacks may have changed in this process what the servers have (averaged weights)
+            assert self.lightning_module is not None
+            state = self.lightning_module.state_dict() if trainer.state.fn == TrainerFn.FITTING else {}
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
-
-    def _unserved_state(self) -> dict[str, Tensor]:
-        """What the first server does not have: buffers, parameters without an optimizer, what others serve."""
-        assert self.lightning_module is not None
-        served = {
-            named[cut.index][0]
-            for named, cuts in zip(self._named_parameters(), self._cuts, strict=True)
-            for cut in cuts[0]
-            if named[cut.index][1].requires_grad and cut.is_whole(named[cut.index][1])
-        }
-        return {k: v for k, v in self.lightning_module.state_dict().items() if k not in served}
 
     def hand_over(self, trainer: pl.Trainer) -> Any:
         """Server: put worker 0's last words into this process's trainer and model; returns the run's result."""

@@ -7,6 +7,7 @@ from .remote_optimizer import RemoteOptimizer
 from .server import ParameterServer, ServerStatistics, WorkerFailed
 from .servers_client import ServersClient
 from .sync_server import SyncServer
+from .worker_growth import WorkerGrowth
 
 __all__ = [
     "AsyncServer",
@@ -19,4 +20,5 @@ __all__ = [
     "SyncServer",
     "WorkerClient",
     "WorkerFailed",
+    "WorkerGrowth",
 ]

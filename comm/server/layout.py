@@ -29,10 +29,21 @@ class Layout:
     ) -> None:
         # The last layer's gradients come first out of the backward pass, and DDP's order is the same.
         self._part_bytes = int(part_mib * BYTES_PER_MIB)
+        self.specs: list[BufferSpec] = []
+        self.buckets: list[Bucket] = []
+        self.extend(parameters, allocate)
+
+    def extend(
+        self, parameters: list[Tensor], allocate: Callable[[list[BufferSpec]], list[Tensor]] | None = None
+    ) -> list[Bucket]:
+        """Append buckets for the trainable ones of ``parameters``, and return them; the others stay as they are."""
         trainable = [p for p in reversed(parameters) if p.requires_grad]
         runs = bounded_layout(trainable, self._part_bytes)
-        self.specs = [BufferSpec.of(run) for run in runs]
-        self.buckets = make_buckets(runs, allocate(self.specs) if allocate else None)
+        specs = [BufferSpec.of(run) for run in runs]
+        new = make_buckets(runs, allocate(specs) if allocate else None, first=len(self.buckets))
+        self.specs += specs
+        self.buckets += new
+        return new
 
     def parts(self, bucket: Bucket) -> list[tuple[int, int]]:
         """Element ranges ``[start, end)`` of the bucket's parts."""

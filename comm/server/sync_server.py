@@ -14,7 +14,7 @@ from ..buckets import BufferSpec
 from ..packing import tensor_bytes
 from .aggregator import Aggregator
 from .naive import NaivePeers
-from .protocol import Kind, Message
+from .protocol import Kind, Message, ProtocolError
 from .server import ParameterServer
 
 
@@ -49,7 +49,22 @@ class SyncServer(ParameterServer):
         return set().union(*(served.missing_workers() for served in self.served if served.announced))
 
     @override
+    def _grow(self, worker: int, message: Message) -> None:
+        if begun := self.served[message.optimizer].announced:
+            raise ProtocolError(
+                f"worker {worker} unfreezes parameters and worker(s) {', '.join(map(str, sorted(begun)))} did not: "
+                "unfreeze on all workers between the same two steps"
+            )
+        super()._grow(worker, message)
+        self.served[message.optimizer].reset()
+
+    @override
     def _step(self, worker: int, message: Message) -> None:
+        if missing := self._growths.missing(worker, message.optimizer):
+            raise ProtocolError(
+                f"worker {worker} steps without {missing[0]!r}, which another worker has unfrozen: unfreeze on all "
+                "workers between the same two steps"
+            )
         aggregator = self.served[message.optimizer]
         aggregator.begin(worker, message.info)
         self._waiting_since = time.monotonic()
