@@ -231,7 +231,8 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     def _refuse_averaging(self, trainer: pl.Trainer) -> None:
         """Each worker would average what it happened to see, and fetching parameters would overwrite the average."""
-        averaging = [c for c in trainer.callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+        callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        averaging = [c for c in callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
         if averaging and not self.in_lockstep and trainer.state.fn == TrainerFn.FITTING:
             raise UserError(
                 f"--trainer.strategy.mode {self.options['mode']} does not work with {type(averaging[0]).__name__}: "

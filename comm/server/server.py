@@ -302,14 +302,18 @@ class ParameterServer(ABC):
         """Parameters join an optimizer, between two steps of this worker."""
         number, request = message.optimizer, {key: message.info[key] for key in ("unfrozen", "groups")}
         if self._growths.is_new(worker, number, request):
-            joining = self._growths.check(worker, number, request, len(message.payload))
-            memory = SharedBuffers(self._num_workers + 1) if self._shared else None
-            self._growths.grow(number, request, joining, message.payload, memory)
+            self._take_in(worker, message, request)
         first, handle = self._growths.attach(worker, number)
         specs = self.served[number].layout.specs[first : len(self.served[number].buckets_of(worker))]
         if self._shared and specs:
             self._take_grown_memory(worker, number, first, specs, message.info["memory"] or {})
         self._send(worker, Message(Kind.GROWN, number, info=handle))
+
+    def _take_in(self, worker: int, message: Message, request: dict[str, Any]) -> None:
+        """Nobody has asked for this before."""
+        joining = self._growths.check(worker, message.optimizer, request, len(message.payload))
+        memory = SharedBuffers(self._num_workers + 1) if self._shared else None
+        self._growths.grow(message.optimizer, request, joining, message.payload, memory)
 
     def _take_grown_memory(
         self, worker: int, number: int, first: int, specs: list[BufferSpec], memory: dict[str, Any]

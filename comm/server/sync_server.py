@@ -49,13 +49,13 @@ class SyncServer(ParameterServer):
         return set().union(*(served.missing_workers() for served in self.served if served.announced))
 
     @override
-    def _grow(self, worker: int, message: Message) -> None:
+    def _take_in(self, worker: int, message: Message, request: dict[str, Any]) -> None:
         if begun := self.served[message.optimizer].announced:
             raise ProtocolError(
                 f"worker {worker} unfreezes parameters and worker(s) {', '.join(map(str, sorted(begun)))} did not: "
                 "unfreeze on all workers between the same two steps"
             )
-        super()._grow(worker, message)
+        super()._take_in(worker, message, request)
         self.served[message.optimizer].reset()
 
     @override
