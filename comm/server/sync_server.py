@@ -49,6 +49,15 @@ class SyncServer(ParameterServer):
         return set().union(*(served.missing_workers() for served in self.served if served.announced))
 
     @override
+    def _check_turn(self, worker: int, message: Message) -> None:
+        super()._check_turn(worker, message)
+        if message.kind == Kind.STEP and (missing := self._growths.missing(worker, message.optimizer)):
+            raise ProtocolError(
+                f"worker {worker} steps without {missing[0]!r}, which another worker has unfrozen: unfreeze on all "
+                "workers between the same two steps"
+            )
+
+    @override
     def _take_in(self, worker: int, message: Message, request: dict[str, Any]) -> None:
         if begun := self.served[message.optimizer].announced:
             raise ProtocolError(
@@ -60,11 +69,6 @@ class SyncServer(ParameterServer):
 
     @override
     def _step(self, worker: int, message: Message) -> None:
-        if missing := self._growths.missing(worker, message.optimizer):
-            raise ProtocolError(
-                f"worker {worker} steps without {missing[0]!r}, which another worker has unfrozen: unfreeze on all "
-                "workers between the same two steps"
-            )
         aggregator = self.served[message.optimizer]
         aggregator.begin(worker, message.info)
         self._waiting_since = time.monotonic()
