@@ -93,6 +93,7 @@ def _callbacks(what: str, strategy: str) -> list[Any]:
     backbone = FrozenAfterSetup if strategy == "ddp" else Finetuning
     made = {
         "backbone": lambda: backbone(1, verbose=False, backbone_initial_ratio_lr=0.5),
+        "backbone_by_the_book": lambda: BackboneFinetuning(1, verbose=False),
         "flip": Flip,
         "flip_alone": lambda: Flip(skip=1),
         "ema": lambda: EMAWeightAveraging(decay=0.8),
@@ -219,6 +220,15 @@ def test_async_mode_takes_in_what_is_unfrozen(what: str, transport: str, servers
 def test_async_with_one_worker_equals_plain_training(mode: str) -> None:
     ours = _run("parameter_server", "flip", "adamw", mode=mode, trainers=1)
     _assert_same(ours[0], _run("ddp", "flip", "adamw", trainers=1)[0])
+
+
+def test_ddp_does_not_synchronize_what_is_unfrozen_after_its_set_up() -> None:
+    """Why the references here freeze late, and what the docs say of it."""
+    first, second = _run("ddp", "backbone_by_the_book")
+    assert torch.equal(first["head.weight"], second["head.weight"])
+    assert not torch.equal(first["backbone.0.weight"], second["backbone.0.weight"])
+    ours = _run("parameter_server", "backbone_by_the_book")
+    assert torch.equal(ours[1]["backbone.0.weight"], ours[2]["backbone.0.weight"])
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------
