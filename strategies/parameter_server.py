@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..comm.optimizers import is_elementwise
-from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient
+from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient, WorkerGrowth
 from ..comm.server.collective import CollectivePeers
 from ..comm.server.layout import travelling_dtype
 from ..comm.server.naive import NaivePeers
@@ -29,6 +29,7 @@ from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
 from ..errors import UserError
+from .averaging import refuse_averaging
 from .collective import CollectiveStrategy
 from .last_words import last_words, take_over
 from .metric_sync import MetricSync
@@ -40,7 +41,8 @@ from .server_tensorboard import announce
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
-_BYE_LINGER_MS = 5000
+_BYE_LINGER_MS = 60_000
+"""How long a worker that leaves may take to hand over the weights. It ends as soon as they are sent."""
 
 
 @final
@@ -116,7 +118,6 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._sockets: ServerSockets | None = None
-        self._cuts: list[list[list[Cut]]] = []
         self._client: ServersClient | None = None
         self._peers: Peers | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
@@ -253,6 +254,7 @@ class ParameterServerStrategy(CollectiveStrategy):
                 "--trainer.precision 16-mixed does not work with --trainer.strategy parameter_server: a loss scaler "
                 "may skip a step on one worker only; use bf16-mixed"
             )
+        self._refuse_averaging(trainer)
         if self.is_server:
             self._serve(trainer)
             raise ServingDone
@@ -268,6 +270,16 @@ class ParameterServerStrategy(CollectiveStrategy):
         super().teardown()
         if self._metric_sync is not None:
             self._metric_sync.detach()
+
+    def _refuse_averaging(self, trainer: pl.Trainer) -> None:
+        """Where fetching parameters would overwrite the average, or all workers would swap the same memory."""
+        flag, options = "--trainer.strategy.", self._options
+        if not options.is_sync:
+            refuse_averaging(trainer, f"{flag}mode {options.mode}", f"use {flag}mode sync")
+        if options.share_parameters:
+            refuse_averaging(trainer, f"{flag}share_parameters", "leave it out")
+        if options.wire_dtype is not None:
+            refuse_averaging(trainer, f"{flag}wire_dtype {options.wire_dtype}", "leave it out")
 
     def _refuse_unservable(self) -> None:
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
@@ -290,11 +302,10 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     def _cut(self) -> list[list[list[Cut]]]:
         """Per optimizer and server, what it serves: computed alike in every process."""
-        self._cuts = [
+        return [
             spread([p for _, p in named], self.num_servers, is_elementwise(optimizer) and not self._shares_parameters)
             for optimizer, named in zip(self.optimizers, self._named_parameters(), strict=True)
         ]
-        return self._cuts
 
     def _connect(self, named: list[Named], cuts: list[list[list[Cut]]]) -> ServersClient:
         """To all servers; blocks until they have seen all workers. See :class:`.ServersClient` for the arguments."""
@@ -325,7 +336,11 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._refuse_unservable()
         self._warn_of_no_effect()
         client = self._client = self._connect(self._named_parameters(), self._cut())
-        self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
+        assert self.model is not None
+        growth = WorkerGrowth(
+            client, self.optimizers, self.model.named_parameters(), self.num_servers, not self._shares_parameters
+        )
+        self.optimizers = [RemoteOptimizer(inner, client, n, growth) for n, inner in enumerate(self.optimizers)]
         if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
             self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -425,7 +440,9 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.setup_precision_plugin()
             _optimizers_to_device(self.optimizers, self.root_device)
         self._refuse_unservable()
-        self._farewell = self._make_serving().serve(self.optimizers, self._named_parameters(), self._cut())
+        assert self.model is not None
+        by_name = dict(self.model.named_parameters())
+        self._farewell = self._make_serving().serve(self.optimizers, self._named_parameters(), self._cut(), by_name)
 
     def _make_serving(self) -> Serving:
         launcher = self._launcher
@@ -455,7 +472,9 @@ class ParameterServerStrategy(CollectiveStrategy):
         info, state = None, {}
         if self.is_global_zero:
             info = last_words(trainer, result)
-            state = self._unserved_state() if trainer.state.fn == TrainerFn.FITTING else {}
+            # all of it: callbacks may have changed in this process what the servers have (averaged weights)
+            assert self.lightning_module is not None
+            state = self.lightning_module.state_dict() if trainer.state.fn == TrainerFn.FITTING else {}
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
 
@@ -465,17 +484,6 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.control.barrier()  # all have pushed their last
         if not self.in_lockstep or self._options.wire_dtype is not None:
             self._client.fetch(exact=True)
-
-    def _unserved_state(self) -> dict[str, Tensor]:
-        """What the first server does not have: buffers, parameters without an optimizer, what others serve."""
-        assert self.lightning_module is not None
-        served = {
-            named[cut.index][0]
-            for named, cuts in zip(self._named_parameters(), self._cuts, strict=True)
-            for cut in cuts[0]
-            if named[cut.index][1].requires_grad and cut.is_whole(named[cut.index][1])
-        }
-        return {k: v for k, v in self.lightning_module.state_dict().items() if k not in served}
 
     def hand_over(self, trainer: pl.Trainer) -> Any:
         """Server: put worker 0's last words into this process's trainer and model; returns the run's result."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, final
 
@@ -72,13 +72,20 @@ class Serving:
         self._applied: list[int] = []
         self._told_progress = 0.0
 
-    def serve(self, optimizers: list[Optimizer], named: list[Named], cuts: list[list[list[Cut]]]) -> tuple[Any, Any]:
+    def serve(
+        self,
+        optimizers: list[Optimizer],
+        named: list[Named],
+        cuts: list[list[list[Cut]]],
+        by_name: Mapping[str, Tensor],
+    ) -> tuple[Any, Any]:
         """Block until all workers have left; worker 0's last words.
 
         Args:
             optimizers: As configured. While this blocks their groups hold what this server serves.
             named: Per optimizer, all its parameters with their names.
             cuts: Per optimizer and server, what that serves.
+            by_name: All parameters of the module: those may join an optimizer in mid-run.
 
         Raises:
             WorkerFailed: naming the worker.
@@ -89,21 +96,24 @@ class Serving:
             of_group = {p: index for index, group in enumerate(groups) for p in group}
             for index, group in enumerate(optimizer.param_groups):
                 group["params"] = [piece.tensor for piece in own if of_group[piece.parameter] == index]
-        server = self._server = self._make_server(optimizers, name_pieces(named, pieces))
+        server = self._server = self._make_server(optimizers, name_pieces(named, pieces), by_name)
         try:
             return server.serve()
         finally:
             self._options.write_schedule(self._applied)
             server.release()
             for optimizer, groups in zip(optimizers, whole, strict=True):
+                del optimizer.param_groups[len(groups) :]  # joined in mid-run, and may hold pieces
                 for group, parameters in zip(optimizer.param_groups, groups, strict=True):
                     group["params"] = parameters
             self._view.close(server.statistics)
 
-    def _make_server(self, optimizers: list[Optimizer], named: list[list[tuple[str, Tensor]]]) -> ParameterServer:
+    def _make_server(
+        self, optimizers: list[Optimizer], named: list[list[tuple[str, Tensor]]], by_name: Mapping[str, Tensor]
+    ) -> ParameterServer:
         common = (
             *(self._socket, optimizers, named, self._num_workers, self._timeout.total_seconds(), self._part_mib),
-            *(self.watch, self._report, self._shared, self._options.dtype_on_wire),
+            *(self.watch, self._report, self._shared, self._options.dtype_on_wire, by_name),
         )
         if not self._options.is_sync:
             return AsyncServer(

@@ -11,6 +11,7 @@ from training import num_processes, train, trainers_only
 
 OURS = ["manual_allreduce", "parameter_server", "sharded_server"]
 
+EPOCHS = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 10}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": ({}, {}),
     "accumulation": ({}, {"accumulate_grad_batches": 3}),
@@ -22,6 +23,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bf16_mixed": ({"batch_norm": True}, {"precision": "bf16-mixed"}),
     "adamw_clip_steplr": ({"optimizer": "adamw"}, {"gradient_clip_val": 0.1}),
     "two_optimizers": ("two_optimizers", {}),
+    "incomplete_window": ({"optimizer": "adamw"}, {"accumulate_grad_batches": 4, **EPOCHS}),
+    "two_schedules": ("two_schedules", EPOCHS),
 }
 
 _references: dict[Any, list[dict[str, torch.Tensor]]] = {}

@@ -8,6 +8,7 @@ from .server import ParameterServer, WorkerFailed
 from .servers_client import ServersClient
 from .statistics import Interval, ServerStatistics, WorkerFigures
 from .sync_server import SyncServer
+from .worker_growth import WorkerGrowth
 
 __all__ = [
     "AsyncServer",
@@ -22,4 +23,5 @@ __all__ = [
     "WorkerClient",
     "WorkerFailed",
     "WorkerFigures",
+    "WorkerGrowth",
 ]

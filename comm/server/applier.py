@@ -47,7 +47,7 @@ class Applier(ServedOptimizer):
 
     def _parts(self, used: list[list[bool]]) -> Iterator[tuple[Bucket, int]]:
         for bucket, part, _, _ in self.layout.all_parts():
-            if any(used[bucket.index()]):
+            if bucket.index() < len(used) and any(used[bucket.index()]):  # a worker may know of fewer buckets
                 yield bucket, part
 
     @override
@@ -81,7 +81,7 @@ class Applier(ServedOptimizer):
 
     def _gradients(self, worker: int, push: _Push) -> Iterator[Bucket]:
         """The buckets that have gradients."""
-        for bucket in self.layout.buckets:
+        for bucket in self.buckets_of(worker):
             if not any(push.info["used"][bucket.index()]):
                 continue
             if worker in self._shared and not self.layout.is_narrowed(bucket):

@@ -81,6 +81,19 @@ class AsyncServer(ParameterServer):
         super()._take_memory(worker, memory)
         self._inboxes[worker] = self._attach(memory.get("inbox", []))
 
+    @override
+    def _take_grown_memory(
+        self, worker: int, number: int, first: int, specs: list[BufferSpec], memory: dict[str, Any]
+    ) -> None:
+        super()._take_grown_memory(worker, number, first, specs, memory)
+        self._inboxes[worker][number] += self._attach_one(memory.get("inbox"), specs)
+
+    @override
+    def _grow(self, worker: int, message: Message) -> None:
+        if self._is_busy(worker):
+            raise ProtocolError(f"worker {worker} unfreezes parameters within a step")
+        super()._grow(worker, message)
+
     # -- phase: step -----------------------------------------------------------------------------------------
 
     @override
@@ -140,7 +153,7 @@ class AsyncServer(ParameterServer):
         self._waiting_since = time.monotonic() if self._parked else None
 
     def _answer(self, worker: int, number: int, times: dict[str, Any]) -> None:
-        for bucket in self.served[number].layout.buckets:  # others may have changed all of them
+        for bucket in self.served[number].buckets_of(worker):  # others may have changed all of them
             self._send_values(number, bucket, [worker])
         self._versions[worker][number] = self.served[number].version
         self._send(worker, Message(Kind.DONE, number, info={**times, "version": sum(self.clocks.values())}))

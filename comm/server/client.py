@@ -13,6 +13,7 @@ from torch import Tensor
 from ..buckets import Bucket, make_buckets, view_like
 from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
 from ..timeline import Timeline
+from .growth import Joining, values_of
 from .in_place import InPlace
 from .layout import Layout, flat_alias
 from .peers import ExchangeFailed, Peers
@@ -69,7 +70,7 @@ class WorkerClient:
         self._names = {p: name for named in named_parameters for name, p in named}
         self._wire_dtype = wire_dtype
         self._warned = False
-        num_makers = (sharing_workers or 0) + 1
+        num_makers = self._num_makers = (sharing_workers or 0) + 1
         self._shared = [SharedBuffers(num_makers) for _ in named_parameters] if sharing_workers else None
         allocators = [s.allocate for s in self._shared] if self._shared else [make_buffers] * len(named_parameters)
         self._layouts = [
@@ -171,6 +172,28 @@ class WorkerClient:
         if not exact:
             self.round()
 
+    def grow(self, number: int, joining: Joining) -> None:
+        """Phase *grow*: ``joining`` travels with optimizer ``number`` from the next step on."""
+        layout, first = self._layouts[number], len(self._layouts[number].buckets)
+        kinds = ("pushed", "inbox") if self._inboxes else ("pushed",)
+        memory = {kind: SharedBuffers(self._num_makers) for kind in kinds} if self._shared and joining.trains else {}
+        self._named[number] += joining.named
+        self._names |= {p: name for name, p in joining.named}
+        new = layout.extend([p for _, p in joining.named], memory["pushed"].allocate if memory else make_buffers)
+        specs = layout.specs[first:]
+        values = memory["inbox"].allocate(specs) if "inbox" in memory else None
+        handles = {kind: buffers.handle() for kind, buffers in memory.items()} or None
+        self._send(Message(Kind.GROW, number, info={**joining.request(), "memory": handles}, payload=values_of(new)))
+        handle = self._expect(Kind.GROWN).info
+        for buffers in memory.values():
+            buffers.seal()
+        if memory:
+            values = attach(handle, specs) if values is None else values
+            self._values[number] += make_buckets([bucket.parameters() for bucket in new], values, first)
+        if self._in_place:
+            self._in_place[number].extend(self._values[number][first:])
+        self.round()
+
     def get_state(self, number: int) -> dict[str, Any]:
         """The state dict of optimizer ``number`` on the server."""
         self._send(Message(Kind.GET_STATE, number))
@@ -234,8 +257,8 @@ class WorkerClient:
         lost = [name for name, p in self._named[number] if p.grad is not None and p not in known]
         if lost:
             raise ValueError(
-                f"parameter {lost[0]!r} was frozen when the run began and has a gradient now: the parameter server "
-                "cannot take it in mid-run; unfreeze before fit or use --trainer.strategy manual_allreduce"
+                f"parameter {lost[0]!r} was frozen when the run began and has a gradient now, but the server was not "
+                "asked to take it in"
             )
 
     def _push(self, number: int, used: list[list[bool]]) -> int:

@@ -36,11 +36,23 @@ class Layout:
     ) -> None:
         # The last layer's gradients come first out of the backward pass, and DDP's order is the same.
         self._part_bytes = int(part_mib * BYTES_PER_MIB)
+        self._wire_dtype = wire_dtype
+        self.specs: list[BufferSpec] = []
+        self.buckets: list[Bucket] = []
+        self.extend(parameters, allocate)
+
+    def extend(
+        self, parameters: list[Tensor], allocate: Callable[[list[BufferSpec]], list[Tensor]] | None = None
+    ) -> list[Bucket]:
+        """Append buckets for the trainable ones of ``parameters``, and return them; the others stay as they are."""
         trainable = [p for p in reversed(parameters) if p.requires_grad]
         runs = bounded_layout(trainable, self._part_bytes)
         held = [BufferSpec.of(run) for run in runs]
-        self.specs = [replace(spec, dtype=travelling_dtype(spec.dtype, wire_dtype)) for spec in held]
-        self.buckets = make_buckets(runs, allocate(self.specs) if allocate else None)
+        specs = [replace(spec, dtype=travelling_dtype(spec.dtype, self._wire_dtype)) for spec in held]
+        new = make_buckets(runs, allocate(specs) if allocate else None, first=len(self.buckets))
+        self.specs += specs
+        self.buckets += new
+        return new
 
     def is_narrowed(self, bucket: Bucket) -> bool:
         """Whether the bucket travels in a narrower dtype than its parameters have."""

@@ -8,7 +8,9 @@ named as in :mod:`.client` and :mod:`.server`:
 3. *step*, repeated: *step* (learning rates, clipping, which parameters have gradients), then *push* parts;
    the server steps and answers with *pull* parts and *done*. Between two steps a worker may ask for the current
    parameters (*fetch*, answered alike), and ask for or set the optimizer state (*get_state*, *set_state*).
-4. *bye*: each worker leaves; the server ends when all have. *fail* instead carries an error text.
+4. *grow*, between two steps: a worker in which parameters have become trainable, or parameter groups were added, asks
+   the server to take them in, with their values (answered by *grown*); the other workers ask for the same.
+5. *bye*: each worker leaves; the server ends when all have. *fail* instead carries an error text.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ class Kind(IntEnum):
     BYE = 11
     FAIL = 12
     FETCH = 13
+    GROW = 14
+    GROWN = 15
 
 
 class ProtocolError(Exception):

@@ -45,26 +45,74 @@ class ServedOptimizer(ABC):
     ) -> None:
         self.optimizer = optimizer
         self.layout = Layout(parameters, part_mib, wire_dtype=wire_dtype)
-        self._replies = (allocate or make_buffers)(self.layout.specs)
-        """Per bucket, the parameters as they travel."""
-        self._values = make_buckets([b.parameters() for b in self.layout.buckets], self._held())
         self._num_workers = num_workers
         self._shared: dict[int, list[Bucket]] = {}
+        self._known: dict[int, int] = {}
+        self._extents = [(len(optimizer.param_groups), len(self.layout.buckets))]
+        """How many parameter groups and buckets there were at the start, and after each growth."""
         self.reduce_ms = 0.0
         self.optimizer_ms = 0.0
-        with torch.no_grad():
-            for bucket in self._values:
-                for parameter, view in zip(bucket.parameters(), bucket.views, strict=True):
-                    parameter.data = view.copy_(parameter)
+        self._replies: list[Tensor] = []
+        """Per bucket, the parameters as they travel."""
+        self._values: list[Bucket] = []
+        self._hold(allocate)
 
-    def _held(self) -> list[Tensor]:
-        """Per bucket, memory for the parameters: that of the replies, unless those are rounded."""
-        buckets = zip(self.layout.buckets, self._replies, strict=True)
-        return [torch.zeros_like(b.buffer()) if self.layout.is_narrowed(b) else reply for b, reply in buckets]
+    @torch.no_grad()
+    def _hold(self, allocate: Callable[[list[BufferSpec]], list[Tensor]] | None) -> list[Bucket]:
+        """Move the parameters of buckets that are new in the layout into flat memory; returns those."""
+        first = len(self._values)
+        buckets = self.layout.buckets[first:]
+        self._replies += (allocate or make_buffers)(self.layout.specs[first:])
+        pairs = zip(buckets, self._replies[first:], strict=True)
+        held = [torch.zeros_like(b.buffer()) if self.layout.is_narrowed(b) else reply for b, reply in pairs]
+        new = make_buckets([bucket.parameters() for bucket in buckets], held, first)
+        for bucket in new:
+            for parameter, view in zip(bucket.parameters(), bucket.views, strict=True):
+                parameter.data = view.copy_(parameter)
+        self._values += new
+        return new
 
-    def attach(self, worker: int, buffers: list[Tensor]) -> None:
-        """``worker`` writes its gradients to ``buffers``, one per bucket: its gradients until it is answered."""
-        self._shared[worker] = make_buckets([bucket.parameters() for bucket in self.layout.buckets], buffers)
+    def attach(self, worker: int, buffers: list[Tensor], first: int = 0) -> None:
+        """``worker`` writes its gradients to ``buffers``, one per bucket from ``first``: until it is answered."""
+        own = self._shared.setdefault(worker, [])
+        runs = [bucket.parameters() for bucket in self.layout.buckets[first : first + len(buffers)]]
+        own += make_buckets(runs, buffers, first)
+
+    # -- phase: grow -----------------------------------------------------------------------------------------
+
+    def grow(
+        self,
+        parameters: list[Tensor],
+        groups: list[dict[str, Any]],
+        allocate: Callable[[list[BufferSpec]], list[Tensor]] | None,
+    ) -> list[Bucket]:
+        """Take in trainable ``parameters`` and parameter groups; returns the buckets that hold the values."""
+        for group in groups:
+            self.optimizer.add_param_group(group)
+        self.layout.extend(parameters)
+        new = self._hold(allocate)
+        self._extents.append((len(self.optimizer.param_groups), len(self.layout.buckets)))
+        return new
+
+    def know(self, worker: int, num_growths: int) -> int:
+        """``worker`` knows of so many growths from now on; returns where the buckets of the last one begin."""
+        self._known[worker] = num_growths
+        return self._extents[num_growths - 1][1]
+
+    def buckets_of(self, worker: int) -> list[Bucket]:
+        """The buckets that ``worker`` knows of."""
+        return self.layout.buckets[: self._extents[self._known.get(worker, 0)][1]]
+
+    def groups_of(self, worker: int) -> list[dict[str, Any]]:
+        """The parameter groups that ``worker`` knows of."""
+        return self.optimizer.param_groups[: self._extents[self._known.get(worker, 0)][0]]
+
+    def state_dict_of(self, worker: int) -> dict[str, Any]:
+        """The optimizer's, without groups that ``worker`` does not know of."""
+        state, num_groups = self.optimizer.state_dict(), len(self.groups_of(worker))
+        groups = state["param_groups"][:num_groups]
+        indices = {index for group in groups for index in group["params"]}
+        return {"state": {k: v for k, v in state["state"].items() if k in indices}, "param_groups": groups}
 
     def values(self, bucket: Bucket, start: int, end: int) -> Tensor:
         """The current parameters of part ``[start, end)`` of ``bucket``; shares the server's memory."""
@@ -105,13 +153,13 @@ class ServedOptimizer(ABC):
         """Keep one part of it; ``payload`` is bytes-like and not copied."""
 
     def _check_used(self, worker: int, used: list[list[bool]]) -> None:
-        if [len(flags) for flags in used] != [len(b.parameters()) for b in self.layout.buckets]:
+        if [len(flags) for flags in used] != [len(b.parameters()) for b in self.buckets_of(worker)]:
             raise ProtocolError(f"worker {worker} describes other buckets than the server has")
 
     def _take_settings(self, groups: list[dict[str, Any]]) -> None:
         """The parameter groups' settings (learning rates), as they came as JSON."""
-        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
-            _update_group(group, settings)
+        for group, settings in zip(self.optimizer.param_groups, groups, strict=False):  # a worker may know of fewer
+            update_group(group, settings)
 
     @staticmethod
     def _set_gradients(bucket: Bucket, gradients: Iterable[Tensor], flags: Iterable[bool]) -> None:
@@ -141,7 +189,7 @@ class ServedOptimizer(ABC):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
-def _update_group(group: dict[str, Any], settings: dict[str, Any]) -> None:
+def update_group(group: dict[str, Any], settings: dict[str, Any]) -> None:
     """Take over settings, keeping the types that the optimizer had."""
     for key in settings.keys() & group.keys():
         value = settings[key]

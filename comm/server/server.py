@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ..buckets import Bucket, BufferSpec
 from ..packing import MalformedTree, pack_tree, tensor_bytes, tensor_from, unpack_tree
 from .checks import check_fields, check_settings
+from .growth import Growths
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 from .served import ServedOptimizer
 from .shared_buckets import SharedBuffers, attach
@@ -45,6 +46,7 @@ class ParameterServer(ABC):
         on_step: Called after every step with the statistics.
         shared: Tensors go through memory shared with the workers, which are on this host.
         wire_dtype: In which gradients and parameters travel, as the workers'; see :class:`.Layout`.
+        by_name: Parameters of the module that may join an optimizer in mid-run.
 
     Raises:
         SharedMemoryError: there is too little memory for that.
@@ -62,6 +64,7 @@ class ParameterServer(ABC):
         on_step: Callable[[ServerStatistics], None],
         shared: bool = False,
         wire_dtype: torch.dtype | None = None,
+        by_name: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._socket = socket
         self._wire_dtype = wire_dtype
@@ -77,6 +80,7 @@ class ParameterServer(ABC):
             self._serve_optimizer(optimizer, [p for _, p in named], part_mib, allocate)
             for optimizer, named, allocate in zip(optimizers, named_parameters, allocators, strict=True)
         ]
+        self._growths = Growths(self.served, by_name or {})
         self._pushed: dict[int, list[list[Tensor]]] = {}
         """Per worker and optimizer, the shared buffers to which it writes its gradients."""
         self._init_parts = {
@@ -149,7 +153,7 @@ class ParameterServer(ABC):
         check_fields(worker, message)
         self._check_turn(worker, message)
         if message.kind == Kind.STEP:
-            check_settings(worker, message.info["groups"], self.served[message.optimizer].optimizer)
+            check_settings(worker, message.info["groups"], self.served[message.optimizer].groups_of(worker))
         _HANDLERS[message.kind](self, worker, message)
 
     def _check_turn(self, worker: int, message: Message) -> None:
@@ -240,8 +244,14 @@ class ParameterServer(ABC):
 
     def _attach(self, handles: list[dict[str, Any]]) -> list[list[Tensor]]:
         """A worker's buffers, per optimizer."""
+        if not isinstance(handles, list) or len(handles) != len(self.served):
+            raise ProtocolError(f"a worker describes memory that cannot be mapped: {handles!r}")
+        return [self._attach_one(h, served.layout.specs) for h, served in zip(handles, self.served, strict=True)]
+
+    @staticmethod
+    def _attach_one(handle: Any, specs: list[BufferSpec]) -> list[Tensor]:
         try:
-            return [attach(h, served.layout.specs) for h, served in zip(handles, self.served, strict=True)]
+            return attach(handle, specs)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"a worker describes memory that cannot be mapped: {error!r}") from error
 
@@ -263,11 +273,39 @@ class ParameterServer(ABC):
         self.statistics.count_step(times)
         self._on_step(self.statistics)
 
+    # -- phase: grow -----------------------------------------------------------------------------------------
+
+    def _grow(self, worker: int, message: Message) -> None:
+        """Parameters join an optimizer, between two steps of this worker."""
+        number, request = message.optimizer, {key: message.info[key] for key in ("unfrozen", "groups")}
+        if self._growths.is_new(worker, number, request):
+            self._take_in(worker, message, request)
+        first, handle = self._growths.attach(worker, number)
+        specs = self.served[number].layout.specs[first : len(self.served[number].buckets_of(worker))]
+        if self._shared and specs:
+            self._take_grown_memory(worker, number, first, specs, message.info["memory"] or {})
+        self._send(worker, Message(Kind.GROWN, number, info=handle))
+
+    def _take_in(self, worker: int, message: Message, request: dict[str, Any]) -> None:
+        """Nobody has asked for this before."""
+        joining = self._growths.check(worker, message.optimizer, request, len(message.payload))
+        self._names |= {p: name for name, p in joining.named}
+        memory = SharedBuffers(self._num_workers + 1) if self._shared else None
+        self._growths.grow(message.optimizer, request, joining, message.payload, memory)
+
+    def _take_grown_memory(
+        self, worker: int, number: int, first: int, specs: list[BufferSpec], memory: dict[str, Any]
+    ) -> None:
+        pushed = self._attach_one(memory.get("pushed"), specs)
+        self._pushed[worker][number] += pushed
+        self.served[number].attach(worker, pushed, first)
+
     # -- values ----------------------------------------------------------------------------------------------
 
     def _fetch(self, worker: int, message: Message) -> None:
-        for bucket in self.served[message.optimizer].layout.buckets:
-            if self.served[message.optimizer].layout.is_narrowed(bucket):
+        layout = self.served[message.optimizer].layout
+        for bucket in self.served[message.optimizer].buckets_of(worker):
+            if layout.is_narrowed(bucket):
                 self._send_exact_values(message.optimizer, bucket, worker)
             else:
                 self._send_values(message.optimizer, bucket, [worker])
@@ -304,7 +342,7 @@ class ParameterServer(ABC):
     # -- optimizer state -------------------------------------------------------------------------------------
 
     def _get_state(self, worker: int, message: Message) -> None:
-        info, payload = pack_tree(self.served[message.optimizer].optimizer.state_dict())
+        info, payload = pack_tree(self.served[message.optimizer].state_dict_of(worker))
         self._send(worker, Message(Kind.STATE, message.optimizer, info=info, payload=payload))
 
     def _set_state(self, worker: int, message: Message) -> None:
@@ -337,6 +375,7 @@ class ParameterServer(ABC):
                     parameter.data = parameter.data.clone()
         for shared in self._shared or []:
             shared.seal()
+        self._growths.seal()
 
 
 def _unpack(worker: int, description: Any, payload: Any) -> Any:
@@ -346,7 +385,7 @@ def _unpack(worker: int, description: Any, payload: Any) -> Any:
         raise ProtocolError(f"worker {worker} sends a tree that cannot be unpacked: {error!r}") from error
 
 
-_OF_AN_OPTIMIZER = {Kind.INIT, Kind.STEP, Kind.PUSH, Kind.FETCH, Kind.GET_STATE, Kind.SET_STATE}
+_OF_AN_OPTIMIZER = {Kind.INIT, Kind.STEP, Kind.PUSH, Kind.FETCH, Kind.GET_STATE, Kind.SET_STATE, Kind.GROW}
 
 _HANDLERS: dict[Kind, Callable[[ParameterServer, int, Message], None]] = {
     Kind.HELLO: ParameterServer._hello,
@@ -356,6 +395,7 @@ _HANDLERS: dict[Kind, Callable[[ParameterServer, int, Message], None]] = {
     Kind.FETCH: ParameterServer._fetch,
     Kind.GET_STATE: ParameterServer._get_state,
     Kind.SET_STATE: ParameterServer._set_state,
+    Kind.GROW: lambda server, worker, message: server._grow(worker, message),
     Kind.BYE: lambda server, worker, message: server._bye(worker, message),
     Kind.FAIL: ParameterServer._fail,
 }

@@ -14,7 +14,7 @@ from ..buckets import BufferSpec
 from ..packing import tensor_bytes
 from .aggregator import Aggregator
 from .peers import ExchangeFailed, Peers
-from .protocol import Kind, Message
+from .protocol import Kind, Message, ProtocolError
 from .server import ParameterServer, WorkerFailed
 
 _NAMING_S = 3.0
@@ -51,6 +51,25 @@ class SyncServer(ParameterServer):
     @override
     def _late_workers(self) -> set[int]:
         return set().union(*(served.missing_workers() for served in self.served if served.announced))
+
+    @override
+    def _check_turn(self, worker: int, message: Message) -> None:
+        super()._check_turn(worker, message)
+        if message.kind == Kind.STEP and (missing := self._growths.missing(worker, message.optimizer)):
+            raise ProtocolError(
+                f"worker {worker} steps without {missing[0]!r}, which another worker has unfrozen: unfreeze on all "
+                "workers between the same two steps"
+            )
+
+    @override
+    def _take_in(self, worker: int, message: Message, request: dict[str, Any]) -> None:
+        if begun := self.served[message.optimizer].announced:
+            raise ProtocolError(
+                f"worker {worker} unfreezes parameters and worker(s) {', '.join(map(str, sorted(begun)))} did not: "
+                "unfreeze on all workers between the same two steps"
+            )
+        super()._take_in(worker, message, request)
+        self.served[message.optimizer].reset()
 
     @override
     def _step(self, worker: int, message: Message) -> None:
