@@ -206,7 +206,7 @@ def test_values_to_start_from_are_refused_once_training_has_begun() -> None:
 
 
 def _with_other_growth(change: Callable[[dict[str, Any]], None], which: int = 0) -> list[Frames]:
-    talk = _frames()
+    talk = _frames("async")
     at = [index for index, frames in enumerate(talk) if frames[1][0] == Kind.GROW][which]
     request = json.loads(talk[at][2])
     change(request)
@@ -249,7 +249,7 @@ def test_workers_must_ask_for_the_same() -> None:
 
 def test_in_async_mode_a_worker_may_go_on_with_what_it_knows() -> None:
     """Worker 1 asks after two steps of its own, and the end is as if it had asked at once."""
-    talk = _frames()
+    talk = _frames("async")
     at = [index for index, frames in enumerate(talk) if frames[1][0] == Kind.GROW][1]
     late = talk.pop(at)
     steps = [index for index, frames in enumerate(talk) if frames[0] == b"1" and frames[1][0] == Kind.STEP]
@@ -266,7 +266,7 @@ def test_in_async_mode_a_worker_may_go_on_with_what_it_knows() -> None:
 
 
 def test_in_sync_mode_nobody_steps_without_what_others_have_unfrozen() -> None:
-    talk = _frames()
+    talk = _frames("async")
     del talk[[index for index, frames in enumerate(talk) if frames[1][0] == Kind.GROW][1]]
     failure, values = _run("sync", talk)
     assert "worker 1 steps without 'late', which another worker has unfrozen" in str(failure)

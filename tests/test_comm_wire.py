@@ -223,11 +223,12 @@ def test_bytes_halve_on_both_sides(run: Callable[..., _Run], kind: str, shared: 
     counted = []
     for wire_dtype in (None, torch.bfloat16):
         ours = run(1, wire_dtype, shared, kind)
-        before = ours.server.statistics.num_bytes
+        statistics = ours.server.statistics
+        before = statistics.received_bytes + statistics.sent_bytes
         ours.step(0)
         step = ours.timeline.take_step()
         assert step is not None
-        counted.append((step.num_bytes, ours.server.statistics.num_bytes - before))
+        counted.append((step.num_bytes, statistics.received_bytes + statistics.sent_bytes - before))
     narrowed, kept = 40 * 30 + 40 + 1, 7
     assert counted == [(2 * (4 * narrowed + 2 * kept),) * 2, (2 * (2 * narrowed + 2 * kept),) * 2]
 
