@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -32,6 +34,7 @@ from .rendezvous import roll_call
 from .server_launcher import ServerLauncher, ServingDone
 from .server_options import ServerOptions
 from .server_sockets import ServerSockets
+from .server_watch import ServerWatch
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
@@ -93,6 +96,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._sockets: ServerSockets | None = None
+        self._watch: ServerWatch | None = None
         self._cuts: list[list[list[Cut]]] = []
         self._client: ServersClient | None = None
         self._naive: NaivePeers | None = None
@@ -164,14 +168,30 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._sockets = ServerSockets()
         if self.is_server:
             endpoint = self._sockets.bind(over_tcp=self.options["transport"] == "tcp")
+            self._store.set(f"pid {self.process_rank}", str(os.getpid()))
             self._store.set(f"endpoint {self.process_rank}", endpoint)
+            if self.process_rank > 0:
+                self._watch_servers([0], [endpoint])
         else:
-            self.join_workers()
             endpoints = [self._store.get(f"endpoint {server}").decode() for server in range(self.num_servers)]
+            self._watch_servers(range(self.num_servers), endpoints)
+            self.join_workers()
             self._sockets.connect(endpoints, self.global_rank)
         if self.options["transport"] == "naive":
             peers = dist.PrefixStore("naive", self._store)
             self._naive = NaivePeers(peers, self.process_rank, self.world_size + 1, self.start_timeout)
+
+    def _watch_servers(self, servers: Sequence[int], endpoints: list[str]) -> None:
+        """The first worker tells whose end nobody else would: server 0 names its children, torchrun only ranks."""
+        external = not isinstance(self.cluster_environment, LightningEnvironment)
+        speaks_for = [s for s in servers if self.global_rank == 0 and (s == 0 or external)]
+        pids = {server: int(self._store.get(f"pid {server}")) for server in servers}
+        self._watch = ServerWatch(pids, speaks_for, endpoints)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = None
 
     def join_workers(self) -> None:
         """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
@@ -385,6 +405,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         if self.is_global_zero:
             info = last_words(trainer, result)
             state = self._unserved_state() if trainer.state.fn == TrainerFn.FITTING else {}
+        self._stop_watching()  # a server that has seen all workers leave ends
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
 
@@ -417,6 +438,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._close(1000)
 
     def _close(self, linger_ms: int) -> None:
+        self._stop_watching()
         if self._sockets is not None:
             self._sockets.close(linger_ms)
         self._sockets = self._client = self._naive = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
-from commands import gradsync, tiny_fit
+from commands import Ended, gradsync, run_command, tiny_fit
+from faulty import KILLED_AT
 
 RUNS = {"ddp": 2, "manual_allreduce": 2, "parameter_server": 3, "sharded_server": 2}
 
@@ -66,4 +70,49 @@ def test_a_killed_worker_is_named_in_every_mode(options: list[str], process: int
     ended = gradsync(*arguments, *(f"--trainer.strategy.{option}" for option in options), cwd=tmp_path)
     assert ended.code not in (0, None), ended.output
     assert named in ended.output
+    assert not ended.orphans
+
+
+def _seconds_since_the_kill(ended: Ended) -> float:
+    at = next((line for line in ended.output.splitlines() if KILLED_AT in line), None)
+    assert at is not None, ended.output
+    return time.monotonic() - float(at.partition(KILLED_AT)[2])
+
+
+def _private_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("gradsync-*"))
+
+
+_KILLED_SERVERS = [
+    ([], 0),
+    (["mode=async", "transport=ipc"], 0),
+    (["mode=bounded", "transport=tcp"], 0),
+    (["servers=2"], 0),
+    (["servers=2", "transport=tcp"], 1),
+    (["servers=2", "mode=async"], 1),
+    (["servers=2", "mode=bounded", "transport=ipc"], 0),
+]
+
+
+@pytest.mark.parametrize(("options", "server"), _KILLED_SERVERS)
+def test_a_killed_server_is_named_and_ends_all(options: list[str], server: int, tmp_path: Path) -> None:
+    before = _private_folders()
+    faults = {"fault": "kill_server", "process": 3, "at_step": 1, "server": server}
+    arguments = tiny_fit("parameter_server", 4, **faults)
+    ended = gradsync(*arguments, *(f"--trainer.strategy.{option}" for option in options), cwd=tmp_path)
+    assert _seconds_since_the_kill(ended) < 18  # law: 6 s on a quiet machine
+    assert ended.code not in (0, None), ended.output
+    assert ended.output.count(f"server {server} was killed") == 1, ended.output
+    assert not ended.orphans
+    assert _private_folders() <= before
+
+
+def test_a_killed_server_ends_all_under_torchrun(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    fit = tiny_fit("parameter_server", 3, fault="kill_server", process=2, at_step=1, server=0)
+    at = fit.index("--trainer.devices")
+    del fit[at : at + 2]
+    ended = run_command([*torchrun, "-m", "gradsync", *fit], tmp_path)
+    assert _seconds_since_the_kill(ended) < 18, ended.output
+    assert ended.code not in (0, None), ended.output
     assert not ended.orphans
