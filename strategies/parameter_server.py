@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -38,6 +40,7 @@ from .server_launcher import ServerLauncher, ServingDone
 from .server_options import ServerOptions
 from .server_sockets import ServerSockets
 from .server_tensorboard import announce
+from .server_watch import ServerWatch
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
@@ -118,6 +121,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._sockets: ServerSockets | None = None
+        self._watch: ServerWatch | None = None
         self._client: ServersClient | None = None
         self._peers: Peers | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
@@ -199,10 +203,14 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._sockets = ServerSockets()
         if self.is_server:
             endpoint = self._sockets.bind(over_tcp=self.options["transport"] == "tcp")
+            self._store.set(f"pid {self.process_rank}", str(os.getpid()))
             self._store.set(f"endpoint {self.process_rank}", endpoint)
+            if self.process_rank > 0:
+                self._watch_servers([0], [endpoint])
         else:
-            self.join_workers()
             endpoints = [self._store.get(f"endpoint {server}").decode() for server in range(self.num_servers)]
+            self._watch_servers(range(self.num_servers), endpoints)
+            self.join_workers()
             self._sockets.connect(endpoints, self.global_rank)
         self._peers = self._meet_peers()
 
@@ -215,6 +223,18 @@ class ParameterServerStrategy(CollectiveStrategy):
             backend = self.process_group_backend
             return CollectivePeers(store, rank, size, backend, self.start_timeout, self.step_timeout)
         return None
+
+    def _watch_servers(self, servers: Sequence[int], endpoints: list[str]) -> None:
+        """The first worker tells whose end nobody else would: server 0 names its children, torchrun only ranks."""
+        external = not isinstance(self.cluster_environment, LightningEnvironment)
+        speaks_for = [s for s in servers if self.global_rank == 0 and (s == 0 or external)]
+        pids = {server: int(self._store.get(f"pid {server}")) for server in servers}
+        self._watch = ServerWatch(pids, speaks_for, endpoints)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = None
 
     def join_workers(self) -> None:
         """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
@@ -475,6 +495,7 @@ class ParameterServerStrategy(CollectiveStrategy):
             # all of it: callbacks may have changed in this process what the servers have (averaged weights)
             assert self.lightning_module is not None
             state = self.lightning_module.state_dict() if trainer.state.fn == TrainerFn.FITTING else {}
+        self._stop_watching()  # a server that has seen all workers leave ends
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
 
@@ -505,6 +526,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._close(1000)
 
     def _close(self, linger_ms: int) -> None:
+        self._stop_watching()
         if self._client is not None:
             self._client.release()
         if self._sockets is not None:
