@@ -96,6 +96,11 @@ class FailureRecords:
             os.environ.pop(_FAILURES, None)
 
 
+def first_process_has_tidied_up() -> bool:
+    """Whether the process that made the folder of failures has removed it again, as one that is killed cannot."""
+    return _FAILURES in os.environ and not Path(os.environ[_FAILURES]).is_dir()
+
+
 def remove_failure_records() -> None:
     """In place of the process that made the folder and was killed."""
     if _FAILURES in os.environ:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -521,8 +520,8 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._client.fail(f"{type(exception).__name__}: {exception}")
         if self._peers is not None:
             self._peers.abort()
-        if self.is_server and self._launcher is not None:
-            self._launcher.kill(signal.SIGTERM)
+        if isinstance(self._launcher, ServerLauncher):
+            self._launcher.end_children()
         self._close(1000)
 
     def _close(self, linger_ms: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
@@ -13,6 +15,10 @@ from typing_extensions import override
 
 if TYPE_CHECKING:
     from .parameter_server import ParameterServerStrategy
+
+
+_GRACE_S = 2.0
+"""How long processes may take to say their last words."""
 
 
 class ServingDone(BaseException):
@@ -53,6 +59,14 @@ class ServerLauncher(_SubprocessScriptLauncher):
         trainer.state.stage = None
         trainer.training = False
         return self._strategy.hand_over(trainer)
+
+    def end_children(self) -> None:
+        """After a failure: SIGTERM, and SIGKILL where that has no effect (a process that is stopped, say)."""
+        self.kill(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_S
+        while any(process.poll() is None for process in self.procs) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.kill(signal.SIGKILL)
 
     def first_exit_code(self) -> tuple[int, int] | None:
         """(process rank, exit code) of a child that has ended with an error, None if there is none."""

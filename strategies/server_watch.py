@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import final
 
-from ..processes import end_with_parent, remove_failure_records
+from ..processes import end_with_parent, first_process_has_tidied_up, remove_failure_records
 from .rendezvous import remove_socket_folder
 
 _GRACE_MS = 2000
@@ -22,8 +22,8 @@ class ServerWatch:
     """Ends this process, at once and with code 1, when a server of its run has ended before :meth:`stop`.
 
     It sleeps in a thread of its own, since the main thread may be anywhere: in a forward pass, in a collective,
-    waiting for the store that died with server 0. It takes over from the signal at a parent's death (see
-    :func:`..processes.die_with_parent`), which would leave nobody to tell the user.
+    waiting for the store that died with server 0. Where it speaks it takes over from the signal at a parent's death
+    (see :func:`..processes.die_with_parent`), which would leave nobody to tell the user.
 
     Args:
         pids: Of the servers to watch, by number; all on this host.
@@ -36,7 +36,8 @@ class ServerWatch:
         self._endpoints = endpoints
         self._stop_reader, self._stop_writer = os.pipe()
         self._servers = {_open(pid): number for number, pid in pids.items()}
-        end_with_parent(False)
+        if speaks_for:
+            end_with_parent(False)
         self._thread = threading.Thread(target=self._run, name="server watch", daemon=True)
         self._thread.start()
 
@@ -44,7 +45,8 @@ class ServerWatch:
         """From here on servers may end; returns when nothing watches any more."""
         os.close(self._stop_writer)
         self._thread.join()
-        end_with_parent(True)
+        if self._speaks_for:
+            end_with_parent(True)
         for descriptor in (self._stop_reader, *self._servers):
             os.close(descriptor)
 
@@ -61,7 +63,7 @@ class ServerWatch:
     def _end(self, server: int) -> None:
         for endpoint in self._endpoints:
             remove_socket_folder(endpoint)
-        if server in self._speaks_for:
+        if server in self._speaks_for and not (server == 0 and first_process_has_tidied_up()):  # it has said why
             with contextlib.suppress(OSError):
                 sys.stderr.write(
                     f"gradsync: error: server {server} was killed: it ended without a word (out of memory?)\n"
