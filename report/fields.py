@@ -125,7 +125,12 @@ def finite(value: Any) -> float:
 
 def one_line(text: str) -> str:
     """`text` without line breaks and control characters: it goes into tables, pictures and terminals."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return " ".join(printable(text).split())
+
+
+def printable(text: str) -> str:
+    """`text` with a blank for each character that no file or terminal should get; blanks stay, as in paths."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _shown(value: Any) -> str:

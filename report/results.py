@@ -85,6 +85,8 @@ class Result:
     demo_data: bool
     data: str
     warmup_steps: float
+    measured_steps: float
+    """Steps that time figures are means of; 0 where only warm-up steps were there. NaN: the file does not say."""
     environment: dict[str, Any]
     config: dict[str, Any]
 
@@ -180,6 +182,7 @@ def _result(
         demo_data=bool(fields.flag("demo_data")),
         data=fields.text("data"),
         warmup_steps=fields.number("warmup_steps", minimum=0, nullable=True),
+        measured_steps=_measured_steps(epoch_fields),
         environment=fields.mapping("environment"),
         config=fields.mapping("config"),
     )
@@ -195,6 +198,11 @@ def _epoch(fields: Fields, index: int) -> Epoch:
         val_loss=fields.number("val_loss", nullable=True),
         val_accuracy=fields.number("val_accuracy", minimum=0, nullable=True),
     )
+
+
+def _measured_steps(epochs: Sequence[Fields]) -> float:
+    counts = [epoch.record("comm").number("measured_steps", minimum=0, nullable=True) for epoch in epochs]
+    return NAN if all(map(math.isnan, counts)) else sum(count for count in counts if not math.isnan(count))
 
 
 _COMM_FIGURES = tuple(name for name in Communication.__dataclass_fields__ if name != "total_is_upper_bound")

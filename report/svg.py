@@ -24,11 +24,11 @@ _FONT = re.compile(r"font-family: [^;]*;? ?")
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> str:
+def inline_svg(figure: Figure, name: str) -> str:
     """`figure` as an ``<svg>`` element; the same data give the same text.
 
-    `name` (letters, digits and underscores) goes before every id, `description` is read out to those who see no
-    pictures. Texts stay texts: they can be searched and copied, and whatever is in them is escaped.
+    `name` (letters, digits and underscores) goes before every id. Texts stay texts: they can be searched, copied and
+    read out, and whatever is in them is escaped.
     """
     import matplotlib
 
@@ -40,8 +40,13 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     _tidy(root, name)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "img", "aria-label": description}
+    root.attrib |= {"role": "img", "aria-label": name.replace("_", " ")}
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def page_color(color: str) -> str:
+    """`color` (such as ``#0072b2``) as a page with page.css has it."""
+    return _PAGE_COLORS.get(color, color)
 
 
 def _tidy(element: ElementTree.Element, prefix: str) -> None:
@@ -66,7 +71,7 @@ def _attribute(key: str, text: str, prefix: str) -> str:
     if key == "href" and text.startswith("#"):
         return f"#{prefix}-{text[1:]}"
     if key in ("style", "fill", "stroke"):
-        text = _COLOR.sub(lambda color: _PAGE_COLORS.get(color.group(), color.group()), _FONT.sub("", text))
+        text = _COLOR.sub(lambda color: page_color(color.group()), _FONT.sub("", text))
     return text
 
 
