@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, final
 
 from ..errors import UserError
 from .caveats import warning_lines
-from .comparison import Comparison, plural
+from .comparison import Comparison
 from .document import Document, document_of
 from .files import atomic_write_json, atomic_write_text
 from .html import write_html
@@ -20,6 +20,7 @@ from .methods import FAILED_PATTERN, RESULT_PATTERN, failed_filename, method_of,
 from .plots import draw_plots, write_plots
 from .results import LoadedResults, load_results
 from .svg import inline_svg
+from .terminal import say, say_some
 from .text import write_text
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ __all__ = [
     "result_filename",
     "result_stem",
 ]
-
-_WARNINGS_PRINTED = 12
 
 
 @final
@@ -108,11 +107,8 @@ def load_comparison(folder: Path) -> Comparison:
 
 
 def _print_warnings(comparison: Comparison, console: Console) -> None:
-    warnings = warning_lines(comparison)
-    for warning in warnings[:_WARNINGS_PRINTED]:
-        say(console, f"Warning: {warning}", style="yellow")
-    if len(warnings) > _WARNINGS_PRINTED:
-        say(console, f"{plural(len(warnings) - _WARNINGS_PRINTED, 'more warning')} in the text report.")
+    warnings = [f"Warning: {line}" for line in warning_lines(comparison)]
+    say_some(console, warnings, "yellow", rest="more warnings, in the text report")
     if warnings:
         console.print()
 
@@ -125,8 +121,3 @@ def _print_next_step(folder: Path, console: Console) -> None:
         say(console, "  and open http://localhost:6006/#custom_scalars")
     else:
         say(console, f"No TensorBoard logs in {logs}: nothing to look closer at than these files.")
-
-
-def say(console: Console, line: str, style: str | None = None) -> None:
-    """Uncut and unwrapped: paths and commands are there to be copied."""
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -26,8 +26,8 @@ _VARIED_SETTINGS = (
     "trainer.default_root_dir",
 )
 
-# Of the environment: what may well differ from run to run.
-_OWN_TO_A_RUN = ("strategy_options", LOAD_KEY)
+OWN_TO_A_RUN = ("strategy_options", LOAD_KEY)
+"""Of the environment: what may well differ from run to run."""
 
 # What a difference means for the figures, where that is not plain.
 _CONSEQUENCES = {
@@ -111,7 +111,7 @@ def _unequal_settings(comparison: Comparison) -> Iterator[str]:
         told = {"seed_everything"} if all("seed" in result.environment for result in results) else set()
         for key in sorted({key for setting in settings for key in setting} - told):
             values = {id(result): setting.get(key, "absent") for result, setting in zip(results, settings, strict=True)}
-            if not _is_varied(key) and len(set(values.values())) > 1:
+            if not is_varied(key) and len(set(values.values())) > 1:
                 yield f"The runs differ in the setting {key}: {shared(results, lambda r, v=values: v[id(r)])}."
 
 
@@ -119,7 +119,7 @@ def _unequal_environments(comparison: Comparison) -> Iterator[str]:
     results = [result for result in comparison.results if result.environment]
     for key in dict.fromkeys(key for result in results for key in result.environment):
         values = {value_text(result.environment.get(key)) for result in results}
-        if key not in _OWN_TO_A_RUN and len(values) > 1:
+        if key not in OWN_TO_A_RUN and len(values) > 1:
             where = shared(results, lambda r, k=key: value_text(r.environment.get(k)))
             yield f"The runs differ in {one_line(key)}: {where}.{_CONSEQUENCES.get(key, '')}"
     for group in comparison.groups:
@@ -128,5 +128,6 @@ def _unequal_environments(comparison: Comparison) -> Iterator[str]:
             yield f"What counts as repeats of {comparison.label(group)} has different options: {'; '.join(options)}."
 
 
-def _is_varied(key: str) -> bool:
+def is_varied(key: str) -> bool:
+    """Whether the setting differs from method to method on purpose."""
     return any(key == varied or key.startswith(f"{varied}.") for varied in _VARIED_SETTINGS)

@@ -97,11 +97,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _place(comparison: Comparison) -> str:
-    sizes = dict.fromkeys(group.processes for group in comparison.groups)
+    counts = _listed([str(count) for count in comparison.process_counts])
+    servers = [group for group in comparison.groups if group.server_processes]
     machine = _value(comparison, "cpu_model")
     cores = _value(comparison, "cpu_count")
     parts = [
-        f"{_listed(list(sizes))} training processes",
+        f"{counts} training process{'' if counts == '1' else 'es'}",
+        f"(and one that serves, under {_listed([group.method for group in servers])})" if servers else "",
         f"on {machine}" if machine else "",
         f"with {cores} cores" if cores else "",
         f"over {backend}" if (backend := _value(comparison, "backend")) else "",
