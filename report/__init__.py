@@ -18,7 +18,7 @@ from .files import atomic_write_json, atomic_write_text
 from .html import write_html
 from .methods import FAILED_PATTERN, RESULT_PATTERN, failed_filename, method_of, result_filename, result_stem
 from .plots import draw_plots, write_plots
-from .results import LoadedResults, load_results
+from .results import RESULT_SCHEMA, LoadedResults, load_results
 from .svg import inline_svg
 from .terminal import say, say_some
 from .text import write_text
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "RESULT_SCHEMA",
     "Comparison",
     "LoadedResults",
     "ReportPaths",
@@ -72,7 +73,7 @@ def make_report(folder: Path, console: Console | None = None) -> ReportPaths:
         _print_warnings(comparison, console)
         paths = _write(comparison, document)
     except OSError as error:
-        raise UserError(f"The report on {folder} cannot be made: {error.strerror} ({error.filename})") from error
+        raise UserError(f"The report on {folder} cannot be written: {error.strerror} ({error.filename})") from error
     say(console, "Written:", style="bold")
     for path in (paths.text, paths.page, *paths.plots):
         say(console, f"  {path}")

@@ -40,10 +40,12 @@ class Change:
     def verdict(self) -> str:
         """``better`` or ``worse`` where the ranges of the repeats are apart, ``noise`` where they are not.
 
-        ``one run`` where there is no spread to judge by, ``-`` without a figure.
+        ``same`` where all figures are equal, ``one run`` where there is no spread to judge by, ``-`` without a figure.
         """
         if math.isnan(self.before.median) or math.isnan(self.after.median):
             return "-"
+        if self.before == self.after:
+            return "same"
         if self.before.count < 2 or self.after.count < 2:
             return "one run"
         if self.before.overlaps(self.after):

@@ -11,6 +11,7 @@ from typing import Any, final
 from .figures import NAN
 
 _PROBLEMS_SHOWN_PER_FILE = 4
+_DEEPEST = 40
 
 
 class UnusableError(Exception):
@@ -149,9 +150,20 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise UnusableError(f"it cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UnusableError(f"it is no complete JSON, half-written perhaps ({one_line(str(error))})") from error
+    if _is_too_deep(content):
+        raise UnusableError(f"its objects and lists are nested more than {_DEEPEST} deep")
     if not isinstance(content, dict):
         raise UnusableError(f"it must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def _is_too_deep(content: Any) -> bool:
+    """Whether walking through `content` recursively could end in a RecursionError."""
+    level = [content]
+    for _ in range(_DEEPEST):
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [each for items in inner if isinstance(items, list) for each in items if isinstance(each, (dict, list))]
+    return bool(level)
 
 
 def shortened(problems: Sequence[str]) -> list[str]:

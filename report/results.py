@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, final
 
 from .absent import describe_failure, describe_missing
-from .fields import Fields, UnusableError, read_json_object, shortened
+from .fields import Fields, UnusableError, printable, read_json_object, shortened
 from .figures import NAN, first, largest, mean, ratio
 from .methods import FAILED_PATTERN, RESULT_PATTERN, StemParts, split_stem, strategy_of
+
+RESULT_SCHEMA = Path(__file__).with_name("result.schema.json")
+"""JSON Schema of these files: keys, types and units. Reading is more tolerant than it."""
 
 
 @final
@@ -155,7 +158,7 @@ def _result(
     batch_size = fields.number("batch_size", minimum=1, nullable=True)
     global_batch = fields.number("global_batch_size", minimum=1, nullable=True)
     return Result(
-        filename=path.name,
+        filename=printable(path.name),
         base=stem.base,
         repeat=stem.repeat,
         strategy=fields.text("strategy") or strategy_of(method, stem.base),

@@ -9,7 +9,7 @@ from .agreement import agreement_of
 from .circumstances import value_text
 from .comparison import Comparison, Group, plural
 from .fields import one_line
-from .figures import ratio, shown
+from .figures import ranged, ratio, shown
 from .throughput import span
 
 
@@ -69,25 +69,24 @@ def _waiting(comparison: Comparison) -> str:
     known = [(name, share) for name, share in shares if not math.isnan(share.median)]
     if not known:
         return "How much of a step training waits for communication is in none of the files."
-    parts = (f"{share.median:.1f} % under {name}" for name, share in known)
+    parts = (f"{ranged(share, '%', 1)} under {name}" for name, share in known)
     return f"Of a step, training waits for communication {', '.join(parts)}."
 
 
 def _agreement(comparison: Comparison) -> str:
     found = [each for group in comparison.groups if (each := agreement_of(comparison, group)) is not None]
-    names = {
-        verdict: [comparison.label(each.group) for each in found if each.agrees is verdict]
-        for verdict in (True, False, None)
-    }
-    words = {
-        True: "The training loss of {} agrees with that of {}.",
-        False: "The training loss of {} does not agree with that of {}.",
-        None: "Whether the training loss of {} agrees with that of {} cannot be told.",
-    }
-    others = {
-        verdict: [comparison.label(each.reference) for each in found if each.agrees is verdict] for verdict in names
-    }
-    return " ".join(words[key].format(_listed(who), _listed(others[key])) for key, who in names.items() if who)
+    parts = []
+    for agrees, one, several in (
+        (True, "agrees with", "agree with"),
+        (False, "does not agree with", "do not agree with"),
+        (None, "cannot be judged against", "cannot be judged against"),
+    ):
+        these = [each for each in found if each.agrees is agrees]
+        if these:
+            others = _listed([comparison.label(each.reference) for each in these])
+            verb = one if len(these) == 1 else several
+            parts.append(f"{_listed([comparison.label(each.group) for each in these])} {verb} {others}")
+    return f"In the course of the training loss, {'; '.join(parts)}." if parts else ""
 
 
 def _listed(names: Sequence[str]) -> str:
