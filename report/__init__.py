@@ -73,7 +73,8 @@ def make_report(folder: Path, console: Console | None = None) -> ReportPaths:
         _print_warnings(comparison, console)
         paths = _write(comparison, document)
     except OSError as error:
-        raise UserError(f"The report on {folder} cannot be written: {error.strerror} ({error.filename})") from error
+        where = error.filename or "standard output"
+        raise UserError(f"The report on {folder} cannot be written: {error.strerror} ({where})") from error
     say(console, "Written:", style="bold")
     for path in (paths.text, paths.page, *paths.plots):
         say(console, f"  {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -72,17 +73,21 @@ def _compare(before: Path, after: Path, fail_below: float | None) -> None:
         _leave_without_answer(str(error))
     except OSError as error:
         _leave_without_answer(f"{error.filename} cannot be read: {error.strerror}")
-    print_changes(folders, console)
+    try:
+        print_changes(folders, console)
+        sys.stdout.flush()  # errors must come after the table where both go into one log
+    except OSError as error:
+        _leave_without_answer(f"standard output cannot be written: {error.strerror}")
     if fail_below is not None:
         if not folders.can_be_judged:
             _leave_without_answer("--fail-below: no method has a throughput in both folders, so nothing was checked")
-        sys.stdout.flush()  # the error must come after the table where both go into one log
         check(folders, fail_below, console)
 
 
 def _leave_without_answer(reason: str) -> NoReturn:
     """Not code 1, which says that something became slower."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # that may be the reason
+        sys.stdout.flush()
     print(f"gradsync: error: {reason}", file=sys.stderr)
     sys.exit(2)
 

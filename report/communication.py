@@ -37,9 +37,10 @@ def _waiting(group: Group, name: str) -> str:
     if math.isnan(step.median):
         return f"{name} waits {ranged(exposed, 'ms')} per step for communication."
     without = step.median - exposed.median
-    gain = f"; without it a step would take {shown(without)} ms, {step.median / without:.2f}x as fast"
+    faster = f"{ratio(step.median, without):.2f}x as fast"
+    gain = f"; without it a step would take {shown(without)} ms, {faster}" if without > 0 else ""
     text = f"{name} waits {ranged(exposed, 'ms')} for communication in a step of {ranged(step, 'ms')}"
-    return f"{text} ({group.comm('share_pct').median:.1f} %){gain if without > 0 else ''}."
+    return f"{text} ({group.comm('share_pct').median:.1f} %){gain}."
 
 
 def _hidden(group: Group) -> list[str]:

@@ -12,6 +12,7 @@ from .figures import NAN
 
 _PROBLEMS_SHOWN_PER_FILE = 4
 _DEEPEST = 40
+_TOO_LARGE = 1e50  # beyond every loss in 32 bits, and its square is still a number
 
 
 class UnusableError(Exception):
@@ -114,14 +115,14 @@ class Fields:
 
 
 def finite(value: Any) -> float:
-    """`value` as a float if JSON wrote it as a finite number, else NaN."""
+    """`value` as a float if JSON wrote it as a finite number, else NaN; nothing real is as large as `_TOO_LARGE`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return NAN
     try:
         number = float(value)
     except OverflowError:
         return NAN
-    return number if math.isfinite(number) else NAN
+    return number if abs(number) < _TOO_LARGE else NAN
 
 
 def one_line(text: str) -> str:
