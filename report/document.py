@@ -18,6 +18,8 @@ from .summary import summary_lines
 from .tables import Table, communication_table, throughput_table
 from .throughput import scaling_lines, throughput_lines
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
 
 @final
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Document:
     summary: Section
     tables: tuple[Table, ...]
     sections: tuple[Section, ...]
+
+
+def glued(line: str) -> str:
+    """`line` with blanks that do not break before "%" and within ranges."""
+    return line.replace(" %", f"{NO_BREAK}%").replace(" .. ", f"{NO_BREAK}..{NO_BREAK}")
 
 
 def document_of(comparison: Comparison) -> Document:

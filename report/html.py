@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from .document import Document, Section
+from .document import Document, Section, glued
 from .files import atomic_write_text
 from .methods import Style
 from .svg import page_color
@@ -67,7 +67,7 @@ def _section(section: Section, pictures: Mapping[str, str] | None, tables: Seque
         f'<h2 id="{anchor}-title">{escape(section.title)}</h2>',
         *map(_table, tables),
         "<ul>",
-        *(f"<li>{escape(line)}</li>" for line in section.lines),
+        *(f"<li>{escape(glued(line))}</li>" for line in section.lines),
         "</ul>",
         *(f"<pre><code>{escape(command)}</code></pre>" for command in section.commands),
         *(f"<figure>{pictures[name]}</figure>" for name in section.plots if pictures),

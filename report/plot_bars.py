@@ -133,9 +133,15 @@ def _step_label(group: Group) -> str:
 
 
 def _whiskers(axes: Axes, row: float, spread: Spread) -> None:
+    from matplotlib.patheffects import withStroke
+
     if spread.count > 1:
         reach = [[spread.median - spread.low], [spread.high - spread.median]]
-        axes.errorbar(spread.median, row, xerr=reach, fmt="none", ecolor="black", elinewidth=1.4, capsize=4)
+        drawn = axes.errorbar(spread.median, row, xerr=reach, fmt="none", ecolor="black", elinewidth=1.4, capsize=4)
+        _, ends, lines = drawn.lines
+        for part in (*ends, *lines):
+            # An edge of paper, so that they are seen on dark bars as well, and on light ones of a dark page.
+            part.set_path_effects([withStroke(linewidth=3.4, foreground="white")])
 
 
 def _label(axes: Axes, row: float, end: float, text: str) -> None:

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 from .comparison import Comparison
-from .document import Document, Section, document_of
+from .document import NO_BREAK, Document, Section, document_of, glued
 from .files import atomic_write_text
 
 FILENAME = "performance_report.txt"
@@ -39,9 +39,8 @@ def _section(section: Section) -> str:
 
 
 def _bullet(line: str) -> str:
-    """Wrapped, but neither between a number and its "%" nor within names and paths."""
-    glued = line.replace(" %", "\N{NO-BREAK SPACE}%")
+    """Wrapped, but neither between a number and its "%", nor within ranges, names and paths."""
     wrapper = textwrap.TextWrapper(
         _WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
     )
-    return wrapper.fill(glued).replace("\N{NO-BREAK SPACE}", " ")
+    return wrapper.fill(glued(line)).replace(NO_BREAK, " ")

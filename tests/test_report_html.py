@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gradsync.report import make_report
 from gradsync.report.comparison import Comparison
-from gradsync.report.document import Document, document_of
+from gradsync.report.document import NO_BREAK, Document, document_of
 from gradsync.report.results import load_results
 
 ODD_NAMES = (
@@ -54,7 +54,7 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+        self.texts.append(data.replace(NO_BREAK, " "))
 
     @property
     def text(self) -> str:
