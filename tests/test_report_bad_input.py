@@ -21,7 +21,7 @@ from gradsync.report import load_comparison, make_report
 from gradsync.report.before_after import BeforeAfter
 from gradsync.report.change_report import change_lines, change_table
 from gradsync.report.differences import difference_lines
-from gradsync.report.document import document_of
+from gradsync.report.document import NO_BREAK, document_of
 from gradsync.report.files import atomic_write_text
 from gradsync.report.html import as_html
 from gradsync.report.text import as_text
@@ -98,7 +98,7 @@ def test_no_control_character_leaves_a_file(tmp_path: Path) -> None:
     (tmp_path / "failed_x.json").write_text(json.dumps({"error": ODD, "method": ODD, "log": "../" * 9}))
     printed = report(tmp_path)
     for text in (printed, (tmp_path / "performance_report.txt").read_text(), (tmp_path / "report.html").read_text()):
-        assert all(character.isprintable() or character == "\n" for character in text)
+        assert all(character.isprintable() or character in ("\n", NO_BREAK) for character in text)
 
 
 @pytest.mark.parametrize(
