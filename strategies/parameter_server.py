@@ -15,13 +15,17 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..comm.optimizers import is_elementwise
 from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient
+from ..comm.server.collective import CollectivePeers
+from ..comm.server.layout import travelling_dtype
 from ..comm.server.naive import NaivePeers
+from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
 from ..errors import UserError
@@ -32,6 +36,7 @@ from .rendezvous import roll_call
 from .server_launcher import ServerLauncher, ServingDone
 from .server_options import ServerOptions
 from .server_sockets import ServerSockets
+from .server_tensorboard import announce
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
@@ -59,11 +64,16 @@ class ParameterServerStrategy(CollectiveStrategy):
         record_schedule: A JSON file for the order of workers in which gradients were applied.
         replay_schedule: Such a file: apply them in this order, so that a run is repeated to the bit.
         transport: ``shared_memory`` (tensors in memory that all processes map, CPU only), ``ipc`` (ZeroMQ over a
-            Unix socket), ``tcp`` (ZeroMQ over loopback) or ``naive`` (one blocking send and recv per parameter; the
-            baseline). ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
+            Unix socket), ``tcp`` (ZeroMQ over loopback), ``collective`` (a reduce to the server and a broadcast from it
+            by ``process_group_backend``) or ``naive`` (one blocking send and recv per parameter; the baseline).
+            ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
         part_mib: Size of a part in MiB: pushing, summing, stepping and pulling overlap part by part. By default what
-            was fastest: 16 in shared memory, 4 on sockets.
-        server_log_every_n_steps: How often the server prints what it does; 0 for never.
+            was fastest: 16 in shared memory, 4 on sockets; as DDP's buckets, 25, with ``collective``.
+        wire_dtype: ``float32``, ``bfloat16`` or ``float16``: gradients and parameters of wider floats travel in it.
+            Workers compute with parameters rounded to it; the server, checkpoints and the final weights hold them
+            unrounded. By default they travel as they are.
+        server_log_every_n_steps: How often the server prints what it does, and writes it to TensorBoard if the trainer
+            has a TensorBoardLogger; 0 for neither.
         kwargs: See :class:`CollectiveStrategy`.
     """
 
@@ -83,12 +93,22 @@ class ParameterServerStrategy(CollectiveStrategy):
         staleness_correction: bool = False,
         record_schedule: str | Path | None = None,
         replay_schedule: str | Path | None = None,
+        wire_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         record, replay = (Path(path) if path else None for path in (record_schedule, replay_schedule))
         self._options = ServerOptions(
-            transport, part_mib, servers, share_parameters, mode, staleness, staleness_correction, record, replay
+            transport=transport,
+            part_mib=part_mib,
+            servers=servers,
+            share_parameters=share_parameters,
+            mode=mode,
+            staleness=staleness,
+            staleness_correction=staleness_correction,
+            record_schedule=record,
+            replay_schedule=replay,
+            wire_dtype=wire_dtype,
         )
         self.options = self._options.shown()
         self.num_servers = servers
@@ -98,7 +118,7 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._sockets: ServerSockets | None = None
         self._cuts: list[list[list[Cut]]] = []
         self._client: ServersClient | None = None
-        self._naive: NaivePeers | None = None
+        self._peers: Peers | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
 
     # -- topology --------------------------------------------------------------------------------------------
@@ -146,6 +166,8 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     @property
     def _part_mib(self) -> float:
+        if self.options["transport"] == "collective":
+            return self._options.part_mib or 25.0
         return self._options.part_mib or (16.0 if self._shares_memory else 4.0)
 
     @property
@@ -181,9 +203,17 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.join_workers()
             endpoints = [self._store.get(f"endpoint {server}").decode() for server in range(self.num_servers)]
             self._sockets.connect(endpoints, self.global_rank)
+        self._peers = self._meet_peers()
+
+    def _meet_peers(self) -> Peers | None:
+        """What moves gradients and parameters if the socket does not; blocks until all processes are here."""
+        store, rank, size = dist.PrefixStore("peers", self._store), self.process_rank, self.world_size + 1
         if self.options["transport"] == "naive":
-            peers = dist.PrefixStore("naive", self._store)
-            self._naive = NaivePeers(peers, self.process_rank, self.world_size + 1, self.start_timeout)
+            return NaivePeers(store, rank, size, self.start_timeout)
+        if self.options["transport"] == "collective":
+            backend = self.process_group_backend
+            return CollectivePeers(store, rank, size, backend, self.start_timeout, self.step_timeout)
+        return None
 
     def join_workers(self) -> None:
         """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
@@ -278,9 +308,10 @@ class ParameterServerStrategy(CollectiveStrategy):
                 self.step_timeout.total_seconds(),
                 self._part_mib,
                 self.timeline,
-                self._naive,
+                self._peers,
                 self.world_size if self._shares_memory else None,
                 self.in_lockstep,
+                self._options.dtype_on_wire,
                 self._shares_parameters,
             )
             for socket, own in zip(self._sockets.sockets, pieces, strict=True)
@@ -292,10 +323,26 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def start_fitting(self) -> None:
         self._refuse_unservable()
+        self._warn_of_no_effect()
         client = self._client = self._connect(self._named_parameters(), self._cut())
         self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
         if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
             self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _warn_of_no_effect(self) -> None:
+        wire_dtype = self._options.dtype_on_wire
+        travel = [p for named in self._named_parameters() for _, p in named if p.requires_grad]
+        if wire_dtype is not None and all(travelling_dtype(p.dtype, wire_dtype) == p.dtype for p in travel):
+            rank_zero_warn(
+                f"--trainer.strategy.wire_dtype {self._options.wire_dtype} has no effect: no trained parameter is of a "
+                "wider float dtype"
+            )
+
+    @override
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        if self.is_global_zero:
+            announce(self._store, self.lightning_module.trainer)
 
     @override
     def stop_fitting(self) -> None:
@@ -335,9 +382,21 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """For a checkpoint: in mid-epoch others may have gone on, so ask the servers."""
+        if self._fitting and self._options.wire_dtype is not None:
+            return self._exact_state_dict()
         if self._fitting and not self.in_lockstep:
             self._fetch()
         return super().lightning_module_state_dict()
+
+    def _exact_state_dict(self) -> dict[str, Any]:
+        """As the servers have it; here, parameters stay rounded, or how often one saves would change the run."""
+        if self.in_lockstep and not self.is_global_zero:
+            return super().lightning_module_state_dict()  # nobody keeps it
+        assert self._client is not None
+        self._client.fetch(exact=True)
+        state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in super().lightning_module_state_dict().items()}
+        self._client.round()
+        return state
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
@@ -383,7 +442,7 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._shares_memory,
             self._log_every,
             launcher.first_exit_code,
-            self._naive,
+            self._peers,
         )
 
     # -- leaving ---------------------------------------------------------------------------------------------
@@ -391,15 +450,21 @@ class ParameterServerStrategy(CollectiveStrategy):
     def leave(self, trainer: pl.Trainer, result: Any) -> None:
         """Worker: say bye; rank 0 hands over what the server's process should end with."""
         assert self._client is not None
-        if not self.in_lockstep and trainer.state.fn == TrainerFn.FITTING:
-            self.control.barrier()  # all have pushed their last
-            self._fetch()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._take_final_weights()
         info, state = None, {}
         if self.is_global_zero:
             info = last_words(trainer, result)
             state = self._unserved_state() if trainer.state.fn == TrainerFn.FITTING else {}
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
+
+    def _take_final_weights(self) -> None:
+        assert self._client is not None
+        if not self.in_lockstep:
+            self.control.barrier()  # all have pushed their last
+        if not self.in_lockstep or self._options.wire_dtype is not None:
+            self._client.fetch(exact=True)
 
     def _unserved_state(self) -> dict[str, Tensor]:
         """What the first server does not have: buffers, parameters without an optimizer, what others serve."""
@@ -425,6 +490,8 @@ class ParameterServerStrategy(CollectiveStrategy):
         """Tell the other side why, then let go of everything without waiting."""
         if self._client is not None:
             self._client.fail(f"{type(exception).__name__}: {exception}")
+        if self._peers is not None:
+            self._peers.abort()
         if self.is_server and self._launcher is not None:
             self._launcher.kill(signal.SIGTERM)
         self._close(1000)
@@ -434,4 +501,4 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._client.release()
         if self._sockets is not None:
             self._sockets.close(linger_ms)
-        self._sockets = self._client = self._naive = None
+        self._sockets = self._client = self._peers = None

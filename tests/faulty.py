@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,12 +12,15 @@ import torch
 from torch.utils.data import DataLoader
 from training import Mlp, make_data
 
+from gradsync.comm.server.collective import CollectivePeers
+
 
 class FaultyMlp(Mlp):
     """Does what ``fault`` says in training step ``at_step`` of the process with ``LOCAL_RANK == process``.
 
     Args:
-        fault: ``raise``, ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``memory`` or ``none``.
+        fault: ``raise``, ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``memory``, ``kill_in_exchange`` (SIGKILL after the
+            step was announced to the parameter server, before its gradients are there) or ``none``.
         process: Rank among all processes, the parameter server's included.
         at_step: Training step, from 0.
     """
@@ -35,7 +39,16 @@ class FaultyMlp(Mlp):
             raise ArithmeticError("boom in training")
         if self.fault == "memory":
             torch.empty(2**60)
+        if self.fault == "kill_in_exchange":
+            CollectivePeers.push_pull = self._kill  # pyright: ignore[reportAttributeAccessIssue]
+            return
         os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
+
+    @staticmethod
+    def _kill(*_: Any) -> None:
+        time.sleep(0.5)  # by now the others wait in the collective
+        print(f"killed at {time.time()}", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class TinyData(pl.LightningDataModule):

@@ -18,6 +18,8 @@ from gradsync.comm.server.protocol import Kind, Message, table_of
 
 PART_MIB = 0.001
 NUM_WORKERS = 2
+WIRE_DTYPES = {"sync": None, "sync in bfloat16": torch.bfloat16, "async": None}
+"""Kinds of servers, and in which dtype gradients and parameters travel."""
 NUM_CASES = 400
 JUNK: list[Any] = [None, True, -1, 0, 2**70, 1e308, "", "norm", [], [[]], {}, {"items": 3}, [[True, 1]], {"dtype": 0}]
 Frames = list[Any]
@@ -41,16 +43,16 @@ def _zeros() -> list[tuple[str, torch.Tensor]]:
 def _make(kind: str, wire: Any) -> tuple[ParameterServer, list[tuple[str, torch.Tensor]]]:
     named = _zeros()
     optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
-    common = (wire, [optimizer], [named], NUM_WORKERS, 60.0, PART_MIB, lambda: None, lambda _: None)
-    return (SyncServer(*common) if kind == "sync" else AsyncServer(*common)), named
+    common = (wire, [optimizer], [named], NUM_WORKERS, 60.0, PART_MIB, lambda: None, lambda _: None, False)
+    return (AsyncServer if kind == "async" else SyncServer)(*common, WIRE_DTYPES[kind]), named
 
 
-def _conversation(num_steps: int = 2) -> list[tuple[int, Message]]:
+def _conversation(wire_dtype: torch.dtype | None, num_steps: int = 2) -> list[tuple[int, Message]]:
     """What two well-behaved workers send. Gradients are -1, so a step adds 1 to every parameter."""
     named = _zeros()
     layout = Layout([p for _, p in named], PART_MIB)
     parts = list(layout.all_parts())
-    hello = Message(Kind.HELLO, info={"tables": [table_of(named)], "memory": None})
+    hello = Message(Kind.HELLO, info={"tables": [table_of(named, wire_dtype)], "memory": None})
     talk = [(worker, hello) for worker in range(NUM_WORKERS)]
     talk += [(0, Message(Kind.INIT, 0, b.index(), n, payload=_bytes(0.0, e - s))) for b, n, s, e in parts]
     used = [[True] * len(bucket.parameters()) for bucket in layout.buckets]
@@ -58,7 +60,9 @@ def _conversation(num_steps: int = 2) -> list[tuple[int, Message]]:
         info = {"used": used, "groups": [{"lr": 1.0}], "clip": {"algorithm": None, "value": 0.0}, "sequence": step + 1}
         for worker in range(NUM_WORKERS):
             talk.append((worker, Message(Kind.STEP, 0, info=info)))
-            talk += [(worker, Message(Kind.PUSH, 0, b.index(), n, payload=_bytes(-1.0, e - s))) for b, n, s, e in parts]
+            for b, part, start, end in parts:
+                gradient = _bytes(-1.0, end - start, wire_dtype)
+                talk.append((worker, Message(Kind.PUSH, 0, b.index(), part, payload=gradient)))
     state, payload = pack_tree(torch.optim.SGD([p for _, p in named], lr=1.0).state_dict())
     talk += [(0, Message(Kind.SET_STATE, 0, info=state, payload=payload)), (0, Message(Kind.GET_STATE, 0))]
     talk += [(1, Message(Kind.FETCH, 0)), (0, Message(Kind.FETCH, 0))]
@@ -67,12 +71,13 @@ def _conversation(num_steps: int = 2) -> list[tuple[int, Message]]:
     return talk
 
 
-def _bytes(value: float, numel: int) -> bytes:
-    return bytes(tensor_bytes(torch.full((numel,), value)))
+def _bytes(value: float, numel: int, dtype: torch.dtype | None = None) -> bytes:
+    return bytes(tensor_bytes(torch.full((numel,), value, dtype=dtype or torch.float32)))
 
 
-def _frames() -> list[Frames]:
-    return [[str(worker).encode(), *map(bytes, message.frames())] for worker, message in _conversation()]
+def _frames(kind: str) -> list[Frames]:
+    talk = _conversation(WIRE_DTYPES[kind])
+    return [[str(worker).encode(), *map(bytes, message.frames())] for worker, message in talk]
 
 
 # -- what goes wrong: each changes the conversation at a random place ---------------------------------------------
@@ -151,20 +156,20 @@ def _run(kind: str, talk: list[Frames]) -> tuple[Exception | None, torch.Tensor]
     return failure, torch.cat([p.detach().reshape(-1) for _, p in named])
 
 
-@pytest.mark.parametrize(("kind", "num_steps"), [("sync", 2), ("async", 4)])
+@pytest.mark.parametrize(("kind", "num_steps"), [("sync", 2), ("sync in bfloat16", 2), ("async", 4)])
 def test_a_conversation_without_faults_is_served(kind: str, num_steps: int) -> None:
-    failure, values = _run(kind, _frames())
+    failure, values = _run(kind, _frames(kind))
     assert failure is None
     assert values.unique().tolist() == [num_steps]
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", WIRE_DTYPES)
 def test_whatever_a_worker_sends_the_error_is_named_and_no_step_is_done_by_halves(kind: str, mutate: Any) -> None:
     refused = 0
     for seed in range(NUM_CASES // 10):
         rng = random.Random(f"{mutate.__name__} {seed}")
-        talk = _frames()
+        talk = _frames(kind)
         mutate(talk, rng.randrange(len(talk)), rng)
         failure, values = _run(kind, talk)
         assert failure is None or str(failure), seed
@@ -176,7 +181,7 @@ def test_whatever_a_worker_sends_the_error_is_named_and_no_step_is_done_by_halve
 
 
 def test_values_to_start_from_are_refused_once_training_has_begun() -> None:
-    talk = _frames()
+    talk = _frames("async")
     talk.insert(-4, next(frames for frames in talk if frames[1][0] == Kind.INIT))
     failure, values = _run("async", talk)
     assert "INIT after the workers were welcomed" in str(failure)

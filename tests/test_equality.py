@@ -97,11 +97,15 @@ def test_every_way_to_all_reduce_gives_the_same_bits(options: dict[str, Any]) ->
     "options",
     [
         *({"transport": "naive"}, {"transport": "tcp"}, {"transport": "ipc"}, {"part_mib": 0.001}),
+        *({"transport": "collective"}, {"transport": "collective", "part_mib": 0.001}),
         *({"share_parameters": True}, {"share_parameters": True, "part_mib": 0.001}),
     ],
-    ids=["naive", "tcp", "ipc", "tiny_parts", "in_place", "in_place_tiny_parts"],
+    ids=[
+        *("naive", "tcp", "ipc", "tiny_parts", "collective", "collective_tiny_parts"),
+        *("in_place", "in_place_tiny_parts"),
+    ],
 )
-@pytest.mark.parametrize("case", ["plain", "clip_norm"])
+@pytest.mark.parametrize("case", ["plain", "clip_norm", "two_optimizers"])
 def test_every_transport_gives_the_same_bits(options: dict[str, Any], case: str) -> None:
     _assert_bitwise(_ours("parameter_server", case, 2, **options)[1], _ddp(case, 2)[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,13 @@ def test_out_of_memory_names_the_batch_size_flag(tmp_path: Path) -> None:
     assert "Traceback" not in ended.output
 
 
-@pytest.mark.parametrize("strategy", ["manual_allreduce", "parameter_server", "sharded_server"])
+@pytest.mark.parametrize(
+    "strategy", ["manual_allreduce", "parameter_server", "parameter_server collective", "sharded_server"]
+)
 def test_a_silent_process_is_named_with_the_flag_that_raises_the_limit(strategy: str, tmp_path: Path) -> None:
+    strategy, _, transport = strategy.partition(" ")
     arguments = [*tiny_fit(strategy, RUNS[strategy], fault="stop", process=RUNS[strategy] - 1)]
+    arguments += ["--trainer.strategy.transport", transport] if transport else []
     ended = gradsync(*arguments, "--trainer.strategy.step_timeout_s", "6", cwd=tmp_path)
     assert ended.code not in (0, None), ended.output
     assert "--trainer.strategy.step_timeout_s" in ended.output
@@ -59,6 +64,7 @@ def test_a_silent_process_is_named_with_the_flag_that_raises_the_limit(strategy:
         (["mode=async"], 2, "worker 1 was killed by SIGKILL"),
         (["mode=bounded", "transport=tcp"], 1, "worker 0 was killed by SIGKILL"),
         (["servers=2"], 3, "worker 1 was killed by SIGKILL"),
+        (["transport=collective"], 2, "worker 1 was killed by SIGKILL"),
     ],
 )
 def test_a_killed_worker_is_named_in_every_mode(options: list[str], process: int, named: str, tmp_path: Path) -> None:
@@ -66,4 +72,16 @@ def test_a_killed_worker_is_named_in_every_mode(options: list[str], process: int
     ended = gradsync(*arguments, *(f"--trainer.strategy.{option}" for option in options), cwd=tmp_path)
     assert ended.code not in (0, None), ended.output
     assert named in ended.output
+    assert not ended.orphans
+
+
+@pytest.mark.parametrize("process", [1, 3])
+def test_a_worker_killed_within_a_collective_is_named_at_once(process: int, tmp_path: Path) -> None:
+    arguments = tiny_fit("parameter_server", 4, fault="kill_in_exchange", process=process, at_step=1)
+    started = time.time()
+    ended = gradsync(*arguments, "--trainer.strategy.transport", "collective", cwd=tmp_path)
+    killed = float(ended.output.partition("killed at ")[2].split()[0])
+    assert ended.code not in (0, None), ended.output
+    assert f"worker {process - 1} was killed by SIGKILL" in ended.output
+    assert started + ended.seconds - killed < 6  # the group's own limit is step_timeout_s, 300
     assert not ended.orphans

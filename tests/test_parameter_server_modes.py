@@ -208,7 +208,13 @@ def test_parameters_are_spread_evenly_and_cut_only_where_that_is_exact() -> None
         ({"staleness_correction": True}, "staleness_correction needs --trainer.strategy.mode async or bounded"),
         ({"share_parameters": True, "transport": "ipc"}, "share_parameters needs --trainer.strategy.transport shared"),
         ({"share_parameters": True, "mode": "async"}, "share_parameters needs --trainer.strategy.mode sync"),
+        ({"share_parameters": True, "wire_dtype": "bfloat16"}, "leave out --trainer.strategy.wire_dtype bfloat16"),
         ({"mode": "async", "transport": "naive"}, "transport naive knows the mode sync only"),
+        ({"servers": 2, "transport": "collective"}, "transport collective knows one server only"),
+        ({"mode": "bounded", "transport": "collective"}, "transport collective knows the mode sync only"),
+        ({"wire_dtype": "float8"}, "wire_dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ({"wire_dtype": "bfloat16", "transport": "naive"}, "wire_dtype needs .*: naive sends tensors as they are"),
+        ({"wire_dtype": "bfloat16", "transport": "collective"}, "wire_dtype needs .*: collective sends tensors as"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(options: dict[str, Any], text: str) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -132,6 +134,23 @@ def test_odd_names_are_texts_and_nothing_else(odd: tuple[Path, Page]) -> None:
     assert "gradsync <b> \"x  y\" 'z'" in page.texts
     assert str(folder) in page.text
     assert len(page.ids()) == len(set(page.ids()))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's package chromium")
+def test_a_browser_runs_nothing_in_it(tmp_path: Path) -> None:
+    """Neither a script in a name nor one that an element's end lets out."""
+    script = "<script>document.title='taken over'</script><img src=x onerror=\"document.title='taken over'\">"
+    names = (script, f"</style>{script}", f"</title>{script}", f"</svg>{script}", f"-->{script}", f'">{script}')
+    for index, name in enumerate(names):
+        write_result(tmp_path, make_result(f"odd{index}", method=name))
+    make(tmp_path)
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = ["chromium", *flags, "--dump-dom", (tmp_path / "report.html").as_uri()]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "<title>Comparison of 6 methods" in seen
+    assert "<title>taken over" not in seen
+    assert seen.count("<figure>") == 5
 
 
 def make_elements(folder: Path) -> set[str]:

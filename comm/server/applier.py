@@ -81,12 +81,16 @@ class Applier(ServedOptimizer):
 
     def _gradients(self, worker: int, push: _Push) -> Iterator[Bucket]:
         """The buckets that have gradients."""
-        for bucket in self._shared.get(worker, self.layout.buckets):
-            if any(push.info["used"][bucket.index()]):
-                for part, (start, end) in enumerate(self.layout.parts(bucket) if worker not in self._shared else []):
-                    out = bucket.buffer()[start:end]
-                    out.copy_(tensor_from(push.frames[bucket.index(), part], out.dtype))
-                yield bucket
+        for bucket in self.layout.buckets:
+            if not any(push.info["used"][bucket.index()]):
+                continue
+            if worker in self._shared and not self.layout.is_narrowed(bucket):
+                yield self._shared[worker][bucket.index()]
+                continue
+            for part, (start, end) in enumerate(self.layout.parts(bucket)):
+                sent = tensor_from(push.frames[bucket.index(), part], self.layout.specs[bucket.index()].dtype)
+                bucket.buffer()[start:end].copy_(sent)
+            yield bucket
 
 
 def _scale_lr(group: dict[str, Any], factor: float) -> dict[str, Any]:

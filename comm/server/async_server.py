@@ -74,7 +74,7 @@ class AsyncServer(ParameterServer):
         part_mib: float,
         allocate: Callable[[list[BufferSpec]], list[Tensor]] | None,
     ) -> Applier:
-        return Applier(optimizer, parameters, self._num_workers, part_mib, allocate)
+        return Applier(optimizer, parameters, self._num_workers, part_mib, allocate, self._wire_dtype)
 
     @override
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class AsyncServer(ParameterServer):
     def _push(self, worker: int, message: Message) -> None:
         payload = self._payload(worker, message)
         self.served[message.optimizer].add(worker, message.bucket, message.part, payload)
-        self.statistics.num_bytes += len(payload)
+        self.statistics.received_bytes += len(payload)
         self._apply_if_complete(worker, message.optimizer)
 
     def _apply_if_complete(self, worker: int, number: int) -> None:
@@ -123,10 +123,11 @@ class AsyncServer(ParameterServer):
         applier.apply(worker, 1.0 / (1 + staleness) if self._corrects_staleness else 1.0)
         self.clocks[worker] += 1
         self._on_apply(worker)
+        self.statistics.applied(worker, staleness)
         times = {"reduce_ms": applier.reduce_ms, "optimizer_ms": applier.optimizer_ms}
         self._parked[worker] = (number, {"receive_ms": receive_ms, "staleness": staleness, **times})
         self._release()
-        self._count_step({"receive_ms": receive_ms, **times}, staleness)
+        self._count_step({"receive_ms": receive_ms, **times})
 
     def _release(self) -> None:
         """Answer everybody who may go on."""
@@ -143,6 +144,7 @@ class AsyncServer(ParameterServer):
             self._send_values(number, bucket, [worker])
         self._versions[worker][number] = self.served[number].version
         self._send(worker, Message(Kind.DONE, number, info={**times, "version": sum(self.clocks.values())}))
+        self.statistics.answered(worker, self._began_ns[worker])
 
     @override
     def _reply(self, worker: int, number: int, bucket_index: int, start: int, values: Tensor) -> Any:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from .protocol import Kind, Message, ProtocolError
 
-_ROW = 5
-"""Entries of a tensor table's row: name, shape, stride, dtype, trainable."""
+_ROW = 6
+"""Entries of a tensor table's row: name, shape, stride, dtype, trainable, dtype on the wire."""
 
 
 def check_fields(worker: int, message: Message) -> None:

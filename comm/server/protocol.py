@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .layout import travelling_dtype
 
 _HEADER = struct.Struct("<BBHI")  # kind, optimizer, bucket, part
 
@@ -73,16 +76,19 @@ class Message:
             raise ProtocolError(f"unreadable message of kind {kind}: {error}") from error
 
 
-def table_of(named_parameters: list[tuple[str, Tensor]]) -> list[list[Any]]:
-    """What both sides must agree on: ``[name, shape, stride, dtype, trainable]`` per parameter, in order."""
-    return [[n, list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad] for n, p in named_parameters]
+def table_of(named_parameters: list[tuple[str, Tensor]], wire_dtype: torch.dtype | None = None) -> list[list[Any]]:
+    """What both sides must agree on: ``[name, shape, stride, dtype, trainable, dtype on the wire]`` per parameter."""
+    return [
+        [n, list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad, str(travelling_dtype(p.dtype, wire_dtype))]
+        for n, p in named_parameters
+    ]
 
 
 def first_difference(mine: list[list[Any]], theirs: list[list[Any]]) -> str | None:
     """Name the first parameter in which two tables differ, None if they agree."""
     for ours, other in zip(mine, theirs, strict=False):
         if ours != other:
-            return f"server has {ours}, worker has {other} (name, shape, stride, dtype, trainable)"
+            return f"server has {ours}, worker has {other} (name, shape, stride, dtype, trainable, wire dtype)"
     if len(mine) != len(theirs):
         name = max(mine, theirs, key=len)[min(len(mine), len(theirs))][0]
         return f"server has {len(mine)} parameters, worker {len(theirs)}; only one of them has {name!r}"

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..buckets import Bucket, BufferSpec, make_buckets
 from .layout import Layout
 from .protocol import ProtocolError
+from .wire import make_buffers
 
 
 class ServedOptimizer(ABC):
@@ -24,7 +25,8 @@ class ServedOptimizer(ABC):
         parameters: Its parameters in order, as both sides know them.
         num_workers: How many push.
         part_mib: Size of a part in MiB.
-        allocate: Makes the memory that the parameters move to.
+        allocate: Makes the memory that workers read: where the parameters live, or, rounded, their copies.
+        wire_dtype: See :class:`.Layout`.
 
     Attributes:
         sum_over_servers: Adds up a number over all servers of the run; blocks. For the norm of the whole gradient.
@@ -39,18 +41,26 @@ class ServedOptimizer(ABC):
         num_workers: int,
         part_mib: float,
         allocate: Callable[[list[BufferSpec]], list[Tensor]] | None = None,
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         self.optimizer = optimizer
-        self.layout = Layout(parameters, part_mib)
-        self._values = Layout(parameters, part_mib, allocate)
+        self.layout = Layout(parameters, part_mib, wire_dtype=wire_dtype)
+        self._replies = (allocate or make_buffers)(self.layout.specs)
+        """Per bucket, the parameters as they travel."""
+        self._values = make_buckets([b.parameters() for b in self.layout.buckets], self._held())
         self._num_workers = num_workers
         self._shared: dict[int, list[Bucket]] = {}
         self.reduce_ms = 0.0
         self.optimizer_ms = 0.0
         with torch.no_grad():
-            for bucket in self._values.buckets:
+            for bucket in self._values:
                 for parameter, view in zip(bucket.parameters(), bucket.views, strict=True):
                     parameter.data = view.copy_(parameter)
+
+    def _held(self) -> list[Tensor]:
+        """Per bucket, memory for the parameters: that of the replies, unless those are rounded."""
+        buckets = zip(self.layout.buckets, self._replies, strict=True)
+        return [torch.zeros_like(b.buffer()) if self.layout.is_narrowed(b) else reply for b, reply in buckets]
 
     def attach(self, worker: int, buffers: list[Tensor]) -> None:
         """``worker`` writes its gradients to ``buffers``, one per bucket: its gradients until it is answered."""
@@ -58,10 +68,18 @@ class ServedOptimizer(ABC):
 
     def values(self, bucket: Bucket, start: int, end: int) -> Tensor:
         """The current parameters of part ``[start, end)`` of ``bucket``; shares the server's memory."""
-        return self._values.buckets[bucket.index()].buffer()[start:end]
+        return self._values[bucket.index()].buffer()[start:end]
 
-    def part(self, bucket_index: int, part: int, payload: Any) -> Tensor:
+    def reply(self, bucket: Bucket, start: int, end: int) -> Tensor:
+        """The same as they travel, valid until the next call for this part."""
+        values, reply = self.values(bucket, start, end), self._replies[bucket.index()][start:end]
+        return reply.copy_(values) if self.layout.is_narrowed(bucket) else values
+
+    def part(self, bucket_index: int, part: int, payload: Any, exact: bool = False) -> Tensor:
         """The parameters that ``payload`` is for.
+
+        Args:
+            exact: Whether it has them in the dtype that they are held in.
 
         Raises:
             ProtocolError: there is no such part, or it has another size.
@@ -69,8 +87,9 @@ class ServedOptimizer(ABC):
         if bucket_index < len(self.layout.buckets):
             bucket = self.layout.buckets[bucket_index]
             parts = self.layout.parts(bucket)
-            if part < len(parts) and len(payload) == (target := self.values(bucket, *parts[part])).nbytes:
-                return target
+            dtype = bucket.buffer().dtype if exact else self.layout.specs[bucket_index].dtype
+            if part < len(parts) and len(payload) == (parts[part][1] - parts[part][0]) * dtype.itemsize:
+                return self.values(bucket, *parts[part])
         raise ProtocolError(f"{len(payload)} bytes came for bucket {bucket_index} part {part}: no such part or size")
 
     @abstractmethod

@@ -73,11 +73,17 @@ class ServersClient:
             if not piece.is_whole:
                 piece.tensor.grad = None
 
-    def fetch(self) -> None:
+    def fetch(self, exact: bool = False) -> None:
+        """See :meth:`.WorkerClient.fetch`."""
         for number in range(len(self._parameters)):
             self._follow(number)
         for client in self._clients:
-            client.fetch()
+            client.fetch(exact)
+
+    def round(self) -> None:
+        """See :meth:`.WorkerClient.round`."""
+        for client in self._clients:
+            client.round()
 
     def _all_pieces(self, number: int) -> list[Piece]:
         return [piece for own in self._pieces for piece in own[number]]
