@@ -1,4 +1,7 @@
-"""Result files of a comparison -> tables, plots and a text report. Needs files only: neither torch nor Lightning."""
+"""Result files of a comparison -> tables, plots, a text report and a page.
+
+Needs files only: neither torch nor Lightning.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from ..errors import UserError
-from .circumstances import warning_lines
-from .comparison import Comparison, plural
+from .caveats import warning_lines
+from .comparison import Comparison
+from .document import Document, document_of
 from .files import atomic_write_json, atomic_write_text
+from .html import write_html
 from .methods import FAILED_PATTERN, RESULT_PATTERN, failed_filename, method_of, result_filename, result_stem
-from .plots import write_plots
-from .results import LoadedResults, load_results
-from .tables import communication_table, throughput_table
+from .plots import draw_plots, write_plots
+from .results import RESULT_SCHEMA, LoadedResults, load_results
+from .svg import inline_svg
+from .terminal import say, say_some
 from .text import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "RESULT_SCHEMA",
     "Comparison",
     "LoadedResults",
     "ReportPaths",
@@ -34,8 +41,6 @@ __all__ = [
     "result_stem",
 ]
 
-_WARNINGS_PRINTED = 12
-
 
 @final
 @dataclass(frozen=True)
@@ -43,14 +48,15 @@ class ReportPaths:
     """What :func:`make_report` has written, with paths as relative as the folder's was."""
 
     text: Path
+    page: Path
     plots: tuple[Path, ...]
 
 
 def make_report(folder: Path, console: Console | None = None) -> ReportPaths:
-    """Report on the ``results_*.json`` in `folder`: print both tables, write text and plots beside the results.
+    """Report on the ``results_*.json`` in `folder`: print both tables, write text, plots and page beside the results.
 
     Ends with the paths of all of them and the next command to type. Broken or missing results are named, and the
-    report is made from the rest. The text is written before the plots, so it exists even where matplotlib is missing.
+    report is made from the rest. Where matplotlib is missing, text and page are there, the page without pictures.
     Raises: UserError if there is no usable result, the folder cannot be read or written, or matplotlib is missing.
     """
     if console is None:
@@ -59,22 +65,37 @@ def make_report(folder: Path, console: Console | None = None) -> ReportPaths:
         console = Console()
     folder = Path(folder)
     try:
-        comparison = _load(folder)
-        _print_tables(comparison, console)
+        comparison = load_comparison(folder)
+        document = document_of(comparison)
+        for table in document.tables:
+            console.print(table.as_rich())
+            console.print()
         _print_warnings(comparison, console)
-        text = write_text(comparison)
-        _say(console, "Written:", style="bold")
-        _say(console, f"  {text}")
-        plots = write_plots(comparison)
+        paths = _write(comparison, document)
     except OSError as error:
-        raise UserError(f"The report on {folder} cannot be made: {error.strerror} ({error.filename})") from error
-    for path in plots:
-        _say(console, f"  {path}")
+        where = error.filename or "standard output"
+        raise UserError(f"The report on {folder} cannot be written: {error.strerror} ({where})") from error
+    say(console, "Written:", style="bold")
+    for path in (paths.text, paths.page, *paths.plots):
+        say(console, f"  {path}")
     _print_next_step(folder, console)
-    return ReportPaths(text, plots)
+    return paths
 
 
-def _load(folder: Path) -> Comparison:
+def _write(comparison: Comparison, document: Document) -> ReportPaths:
+    text = write_text(comparison.folder, document)
+    try:
+        figures = draw_plots(comparison)
+    except UserError:  # without matplotlib; all else is of use
+        write_html(comparison.folder, document, None)
+        raise
+    plots = write_plots(comparison, figures)
+    pictures = {name: inline_svg(figure, name) for name, figure in figures.items()}
+    return ReportPaths(text, write_html(comparison.folder, document, pictures), plots)
+
+
+def load_comparison(folder: Path) -> Comparison:
+    """The results in `folder`. Raises: UserError if there is no usable one; OSError."""
     wanted = f"looked for {RESULT_PATTERN}, which `gradsync compare --output DIR` writes"
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder} ({wanted} into DIR).")
@@ -87,18 +108,9 @@ def _load(folder: Path) -> Comparison:
     return Comparison.of(folder, loaded)
 
 
-def _print_tables(comparison: Comparison, console: Console) -> None:
-    for table in (throughput_table(comparison), communication_table(comparison)):
-        console.print(table.as_rich())
-        console.print()
-
-
 def _print_warnings(comparison: Comparison, console: Console) -> None:
-    warnings = warning_lines(comparison)
-    for warning in warnings[:_WARNINGS_PRINTED]:
-        _say(console, f"Warning: {warning}", style="yellow")
-    if len(warnings) > _WARNINGS_PRINTED:
-        _say(console, f"{plural(len(warnings) - _WARNINGS_PRINTED, 'more warning')} in the text report.")
+    warnings = [f"Warning: {line}" for line in warning_lines(comparison)]
+    say_some(console, warnings, "yellow", rest="more warnings, in the text report")
     if warnings:
         console.print()
 
@@ -106,13 +118,8 @@ def _print_warnings(comparison: Comparison, console: Console) -> None:
 def _print_next_step(folder: Path, console: Console) -> None:
     logs = folder / "tensorboard"
     if logs.is_dir():
-        _say(console, "Next, to look closer:", style="bold")
-        _say(console, f"  tensorboard --logdir {shlex.quote(str(logs))}")
-        _say(console, "  and open http://localhost:6006/#custom_scalars")
+        say(console, "Next, to look closer:", style="bold")
+        say(console, f"  tensorboard --logdir {shlex.quote(str(logs))}")
+        say(console, "  and open http://localhost:6006/#custom_scalars")
     else:
-        _say(console, f"No TensorBoard logs in {logs}: nothing to look closer at than these files.")
-
-
-def _say(console: Console, line: str, style: str | None = None) -> None:
-    """Uncut and unwrapped: paths and commands are there to be copied."""
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"No TensorBoard logs in {logs}: nothing to look closer at than these files.")

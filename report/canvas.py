@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import textwrap
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ _DPI = 150
 _LABEL_WIDTH = 22
 _LABEL_LINES = 3
 GREY = "#555555"
+GRID = "#DDDDDD"
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
@@ -42,12 +45,18 @@ def new_figure(width_in: float, height_in: float) -> Figure:
 def save(figure: Figure, path: Path) -> Path:
     """Write `figure` as PNG; the same data give the same bytes."""
     content = BytesIO()
-    with warnings.catch_warnings():
-        # A name in a script that the font lacks shows as boxes; there is nothing that its reader should do.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+    with quiet_about_glyphs():
         figure.savefig(content, format="png", metadata={"Software": None})
     atomic_write_bytes(path, content.getvalue())
     return path
+
+
+@contextmanager
+def quiet_about_glyphs() -> Iterator[None]:
+    """A name in a script that the font lacks shows as boxes; there is nothing that its reader should do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
 
 
 def title(figure: Figure, text: str, subtitle: str) -> None:
@@ -62,7 +71,7 @@ def title(figure: Figure, text: str, subtitle: str) -> None:
 def clean(axes: Axes, grid_axis: str) -> None:
     """Frame only where values are read, a faint grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid_axis, color="#DDDDDD", linewidth=0.8)  # pyright: ignore[reportArgumentType]
+    axes.grid(axis=grid_axis, color=GRID, linewidth=0.8)  # pyright: ignore[reportArgumentType]
     axes.set_axisbelow(True)
 
 

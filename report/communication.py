@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .comparison import Comparison, Group
-from .figures import ratio, shown
+from .figures import ranged, ratio, shown
 from .throughput import verdict
 
 
@@ -23,7 +23,7 @@ def _of_one(comparison: Comparison, group: Group) -> list[str]:
         return [f"{name}: {', '.join(result.filename for result in group.results)} has no communication figures."]
     if math.isnan(exposed):
         return [_only_total(group, name, total, step), *_server_parts(group)]
-    return [_waiting(group, name, exposed, step), *_hidden(group), *_server_parts(group), *_volume(group, total)]
+    return [_waiting(group, name), *_hidden(group), *_server_parts(group), *_volume(group, total)]
 
 
 def _only_total(group: Group, name: str, total: float, step: float) -> str:
@@ -32,14 +32,15 @@ def _only_total(group: Group, name: str, total: float, step: float) -> str:
     return f"{name} communicates for {bound}{shown(total)} ms{share}; how much of it training waits for is not known."
 
 
-def _waiting(group: Group, name: str, exposed: float, step: float) -> str:
-    if math.isnan(step):
-        return f"{name} waits {shown(exposed)} ms per step for communication."
-    share = group.comm("share_pct").median
-    without = step - exposed
-    gain = f"without it a step would take {shown(without)} ms, {step / without:.2f}x as fast" if without > 0 else ""
-    text = f"{name} waits {shown(exposed)} ms for communication in a step of {shown(step)} ms ({share:.1f} %)"
-    return f"{text}; {gain}." if gain else f"{text}."
+def _waiting(group: Group, name: str) -> str:
+    exposed, step = group.comm("exposed_ms"), group.comm("step_ms")
+    if math.isnan(step.median):
+        return f"{name} waits {ranged(exposed, 'ms')} per step for communication."
+    without = step.median - exposed.median
+    faster = f"{ratio(step.median, without):.2f}x as fast"
+    gain = f"; without it a step would take {shown(without)} ms, {faster}" if without > 0 else ""
+    text = f"{name} waits {ranged(exposed, 'ms')} for communication in a step of {ranged(step, 'ms')}"
+    return f"{text} ({group.comm('share_pct').median:.1f} %){gain}."
 
 
 def _hidden(group: Group) -> list[str]:

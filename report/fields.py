@@ -11,6 +11,8 @@ from typing import Any, final
 from .figures import NAN
 
 _PROBLEMS_SHOWN_PER_FILE = 4
+_DEEPEST = 40
+_TOO_LARGE = 1e50  # beyond every loss in 32 bits, and its square is still a number
 
 
 class UnusableError(Exception):
@@ -113,19 +115,24 @@ class Fields:
 
 
 def finite(value: Any) -> float:
-    """`value` as a float if JSON wrote it as a finite number, else NaN."""
+    """`value` as a float if JSON wrote it as a finite number, else NaN; nothing real is as large as `_TOO_LARGE`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return NAN
     try:
         number = float(value)
     except OverflowError:
         return NAN
-    return number if math.isfinite(number) else NAN
+    return number if abs(number) < _TOO_LARGE else NAN
 
 
 def one_line(text: str) -> str:
     """`text` without line breaks and control characters: it goes into tables, pictures and terminals."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return " ".join(printable(text).split())
+
+
+def printable(text: str) -> str:
+    """`text` with a blank for each character that no file or terminal should get; blanks stay, as in paths."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _shown(value: Any) -> str:
@@ -144,9 +151,20 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise UnusableError(f"it cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UnusableError(f"it is no complete JSON, half-written perhaps ({one_line(str(error))})") from error
+    if _is_too_deep(content):
+        raise UnusableError(f"its objects and lists are nested more than {_DEEPEST} deep")
     if not isinstance(content, dict):
         raise UnusableError(f"it must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def _is_too_deep(content: Any) -> bool:
+    """Whether walking through `content` recursively could end in a RecursionError."""
+    level = [content]
+    for _ in range(_DEEPEST):
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [each for items in inner if isinstance(items, list) for each in items if isinstance(each, (dict, list))]
+    return bool(level)
 
 
 def shortened(problems: Sequence[str]) -> list[str]:

@@ -71,3 +71,14 @@ def shown(number: float, unit: str = "") -> str:
     digits = 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 0.1 else None
     text = f"{number:.3g}" if digits is None else f"{number:,.{digits}f}"
     return f"{text} {unit}" if unit else text
+
+
+def ranged(spread: Spread, unit: str, digits: int | None = None) -> str:
+    """The median, and behind it the range where there are repeats: ``20.0 ms (18.0 .. 22.0)``."""
+
+    def text(number: float) -> str:
+        return shown(number) if digits is None else f"{number:.{digits}f}"
+
+    return f"{text(spread.median)} {unit}" + (
+        f" ({text(spread.low)} .. {text(spread.high)})" if spread.count > 1 else ""
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,26 +15,34 @@ from typing import Any
 def atomic_write_bytes(path: Path | str, content: bytes) -> None:
     """Replace `path` by `content` in one step; parent folders are made. On failure the old file stays as it was.
 
-    Any process and thread may call it; blocks until the content is on disk. Raises: OSError.
+    Any process and thread may call it; blocks until the content is on disk. Raises: OSError, which names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same directory, because os.replace is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_through(temporary, content)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # A full disk names no file, others the temporary one or both.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
+def _write_through(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """:func:`atomic_write_bytes` of `text` in UTF-8."""
-    atomic_write_bytes(path, text.encode("utf-8"))
+    """:func:`atomic_write_bytes` of `text` in UTF-8; "?" for what that cannot hold, such as bytes in a file's name."""
+    atomic_write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def atomic_write_json(path: Path | str, data: Any) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .canvas import GREY, clean, folded, new_figure, plain, title
+from .canvas import clean, folded, new_figure, plain, title
 from .comparison import Comparison, Group, plural
 from .figures import Spread, shown
 from .methods import style_of
@@ -28,6 +28,8 @@ _PARTS = (
     ("optimizer_ms", "optimizer", "#F0E442", "\\\\"),
     ("other_ms", "other", "#FFFFFF", ""),
 )
+_PART_EDGE = "#545454"
+"""Not GREY: that turns light on a dark page, these bars do not."""
 _UNKNOWN_PART = ("communication, hidden part unknown", "#E9A06C", "xx")
 _REST = ("rest of the step", "#EEEEEE", "")
 
@@ -95,7 +97,7 @@ def _draw_step(axes: Axes, row: float, group: Group) -> float:
         if length > 0:
             bar = axes.barh(row, length, _BAR_HEIGHT, left, label=text, color=color)
             for patch in bar:
-                patch.set(hatch=hatch, edgecolor=GREY, linewidth=0.6)
+                patch.set(hatch=hatch, edgecolor=_PART_EDGE, linewidth=0.6)
             left += length
     if not left:
         _label(axes, row, 0.0, "no figures")
@@ -131,9 +133,15 @@ def _step_label(group: Group) -> str:
 
 
 def _whiskers(axes: Axes, row: float, spread: Spread) -> None:
+    from matplotlib.patheffects import withStroke
+
     if spread.count > 1:
         reach = [[spread.median - spread.low], [spread.high - spread.median]]
-        axes.errorbar(spread.median, row, xerr=reach, fmt="none", ecolor="black", elinewidth=1.4, capsize=4)
+        drawn = axes.errorbar(spread.median, row, xerr=reach, fmt="none", ecolor="black", elinewidth=1.4, capsize=4)
+        _, ends, lines = drawn.lines
+        for part in (*ends, *lines):
+            # An edge of paper, so that they are seen on dark bars as well, and on light ones of a dark page.
+            part.set_path_effects([withStroke(linewidth=3.4, foreground="white")])
 
 
 def _label(axes: Axes, row: float, end: float, text: str) -> None:

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, final
 
 from .absent import describe_failure, describe_missing
-from .fields import Fields, UnusableError, read_json_object, shortened
+from .fields import Fields, UnusableError, printable, read_json_object, shortened
 from .figures import NAN, first, largest, mean, ratio
 from .methods import FAILED_PATTERN, RESULT_PATTERN, StemParts, split_stem, strategy_of
+
+RESULT_SCHEMA = Path(__file__).with_name("result.schema.json")
+"""JSON Schema of these files: keys, types and units. Reading is more tolerant than it."""
 
 
 @final
@@ -85,6 +88,8 @@ class Result:
     demo_data: bool
     data: str
     warmup_steps: float
+    measured_steps: float
+    """Steps that time figures are means of; 0 where only warm-up steps were there. NaN: the file does not say."""
     environment: dict[str, Any]
     config: dict[str, Any]
 
@@ -153,7 +158,7 @@ def _result(
     batch_size = fields.number("batch_size", minimum=1, nullable=True)
     global_batch = fields.number("global_batch_size", minimum=1, nullable=True)
     return Result(
-        filename=path.name,
+        filename=printable(path.name),
         base=stem.base,
         repeat=stem.repeat,
         strategy=fields.text("strategy") or strategy_of(method, stem.base),
@@ -180,6 +185,7 @@ def _result(
         demo_data=bool(fields.flag("demo_data")),
         data=fields.text("data"),
         warmup_steps=fields.number("warmup_steps", minimum=0, nullable=True),
+        measured_steps=_measured_steps(epoch_fields),
         environment=fields.mapping("environment"),
         config=fields.mapping("config"),
     )
@@ -195,6 +201,11 @@ def _epoch(fields: Fields, index: int) -> Epoch:
         val_loss=fields.number("val_loss", nullable=True),
         val_accuracy=fields.number("val_accuracy", minimum=0, nullable=True),
     )
+
+
+def _measured_steps(epochs: Sequence[Fields]) -> float:
+    counts = [epoch.record("comm").number("measured_steps", minimum=0, nullable=True) for epoch in epochs]
+    return NAN if all(map(math.isnan, counts)) else sum(count for count in counts if not math.isnan(count))
 
 
 _COMM_FIGURES = tuple(name for name in Communication.__dataclass_fields__ if name != "total_is_upper_bound")

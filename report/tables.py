@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, final
 from .comparison import Comparison
 from .comparison import Group as Runs
 from .figures import Spread, shown
+from .methods import Style, style_of
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -27,6 +28,8 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    styles: tuple[Style, ...] = ()
+    """How the plots draw what is in each row; may be empty."""
 
     def as_rich(self, *, ascii_only: bool = False) -> Group:
         """For ``rich.console.Console.print``: title, table, notes."""
@@ -75,7 +78,7 @@ def throughput_table(comparison: Comparison) -> Table:
     notes = [*_repeat_notes(comparison), *_other_baseline_notes(comparison)]
     if any(group.server_processes for group in comparison.groups):
         notes.append("+ 1 server: a process that trains nothing runs beside the training processes.")
-    return Table("Throughput and accuracy", columns, rows, tuple(notes))
+    return Table("Throughput and accuracy", columns, rows, tuple(notes), _styles(comparison))
 
 
 def _throughput_row(comparison: Comparison, group: Runs) -> tuple[str, ...]:
@@ -108,7 +111,11 @@ def communication_table(comparison: Comparison) -> Table:
     ]
     if any(group.total_is_upper_bound for group in comparison.groups):
         notes.append("<=: upper bound, because gaps or overlaps within the communication are not known.")
-    return Table("Communication per step (rank 0)", columns, rows, tuple(notes))
+    return Table("Communication per step (rank 0)", columns, rows, tuple(notes), _styles(comparison))
+
+
+def _styles(comparison: Comparison) -> tuple[Style, ...]:
+    return tuple(style_of(group.strategy) for group in comparison.groups)
 
 
 def _communication_row(comparison: Comparison, group: Runs) -> tuple[str, ...]:

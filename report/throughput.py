@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 from .comparison import Comparison, Group, plural
-from .figures import Spread, shown
+from .figures import Spread, ranged, shown
 
 
 def throughput_lines(comparison: Comparison) -> list[str]:
@@ -67,8 +67,8 @@ def _against_baseline(comparison: Comparison, group: Group) -> str:
     change = "as much as" if abs(percent) < 0.05 else f"{abs(percent):.1f} % {'more' if percent > 0 else 'less'} than"
     return (
         f"{comparison.label(group)} handles {shown(group.throughput.median)} img/s, {change} "
-        f"{comparison.label(baseline)} ({factor:.2f}x); an epoch takes {shown(group.epoch_s.median)} s "
-        f"against {shown(baseline.epoch_s.median)} s.{verdict(group.throughput, baseline.throughput, 'img/s')}"
+        f"{comparison.label(baseline)} ({factor:.2f}x); an epoch takes {ranged(group.epoch_s, 's')} "
+        f"against {ranged(baseline.epoch_s, 's')}.{verdict(group.throughput, baseline.throughput, 'img/s')}"
     )
 
 

@@ -50,11 +50,12 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     outside = ("tests/", "benchmarks/", "docs/", ".")
+    endings = (".py", ".yaml", ".npz", ".json", ".css")
     package = {
         f"gradsync/{name}"
         for name in _tracked()
         if not name.startswith(outside)
-        and (name.endswith((".py", ".yaml", ".npz", ".json")) or name in ("py.typed", "datamodules/bundled/LICENSE"))
+        and (name.endswith(endings) or name in ("py.typed", "datamodules/bundled/LICENSE"))
     }
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == package

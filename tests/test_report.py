@@ -30,7 +30,8 @@ def test_tables_then_paths_then_the_next_command(tmp_path: Path, monkeypatch: py
     assert str(paths.text) == "some where/comparison/performance_report.txt"
     assert len(paths.plots) == 5
     lines = [line.strip() for line in text.splitlines()]
-    for path in (paths.text, *paths.plots):
+    assert str(paths.page) == "some where/comparison/report.html"
+    for path in (paths.text, paths.page, *paths.plots):
         assert path.is_file()
         assert str(path) in lines
     assert lines[-2] == "tensorboard --logdir 'some where/comparison/tensorboard'"
@@ -69,7 +70,7 @@ def test_many_warnings_are_counted_not_poured_out(tmp_path: Path) -> None:
     write_result(tmp_path, make_result("ddp"))
     text = run(tmp_path)
     assert text.count("Warning:") == 12
-    assert "more warnings in the text report." in text
+    assert "more warnings, in the text report" in text
     assert "results_x9.json is left out" in (tmp_path / "performance_report.txt").read_text()
 
 
@@ -115,6 +116,7 @@ def test_without_matplotlib_tables_and_text_are_there(tmp_path: Path, monkeypatc
         make_report(tmp_path, Console(file=output, width=100))
     assert "Speed-up" in output.getvalue()
     assert (tmp_path / "performance_report.txt").is_file()
+    assert "Without pictures: matplotlib was not there" in (tmp_path / "report.html").read_text()
 
 
 def test_nothing_heavy_is_imported_at_the_top() -> None:

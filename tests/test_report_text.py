@@ -13,7 +13,7 @@ from gradsync.report.curves import running_mean, window_of
 from gradsync.report.results import load_results
 from gradsync.report.text import report_text
 
-SECTIONS = ("Throughput", "Convergence", "Communication", "Scaling", "Environment", "Warnings")
+SECTIONS = ("In short", "Throughput", "Convergence", "Communication", "Scaling", "Environment", "Warnings")
 
 
 def report(folder: Path) -> dict[str, str]:
@@ -42,6 +42,55 @@ def test_every_section_changes_with_its_numbers(tmp_path: Path) -> None:
     for title in SECTIONS:
         sentences = [set(part[title].split("- ")) - {""} for part in (first, second)]
         assert not sentences[0] & sentences[1], title
+
+
+# In short
+
+
+def rates(folder: Path, **numbers: tuple[float, ...]) -> dict[str, str]:
+    """The report on strategies with a throughput for each repeat."""
+    for strategy, repeats in numbers.items():
+        for repeat, rate in enumerate(repeats, start=1):
+            result = make_result(strategy)
+            result["summary"]["avg_train_throughput"] = rate
+            write_result(folder, result, repeat=repeat)
+    return report(folder)
+
+
+def test_the_winner_and_by_how_much_beyond_the_spread(tmp_path: Path) -> None:
+    text = rates(tmp_path, ddp=(300.0, 310.0), manual_allreduce=(400.0, 420.0), sharded_server=(350.0, 360.0))
+    assert (
+        "Manual All-Reduce wins with 410.0 img/s (400.0 .. 420.0 over 2 repeats), 1.15 times Sharded"
+        in text["In short"]
+    )
+    assert "that is 11.1 % beyond the spread" in text["In short"]
+    assert "It is 1.34 times Baseline DDP." in text["In short"]
+
+
+def test_no_winner_within_the_spread(tmp_path: Path) -> None:
+    text = rates(tmp_path, ddp=(300.0, 410.0), manual_allreduce=(400.0, 420.0))
+    assert "No strategy is clearly the fastest. Manual All-Reduce is ahead" in text["In short"]
+
+
+def test_one_run_cannot_win(tmp_path: Path) -> None:
+    text = rates(tmp_path, ddp=(300.0, 310.0), manual_allreduce=(400.0,))
+    assert "Whether that is more than noise is not known: Manual All-Reduce ran once." in text["In short"]
+
+
+def test_a_sweep_has_a_winner_for_each_count(tmp_path: Path) -> None:
+    text = report(write_comparison(tmp_path, counts=(2, 4)))["In short"]
+    assert "On 2 processes: Manual All-Reduce is the fastest" in text
+    assert "On 4 processes: Manual All-Reduce is the fastest" in text
+    assert "2 and 4 training processes (and one that serves, under Parameter Server (PS))" in text
+
+
+def test_waiting_agreement_and_place_in_short(tmp_path: Path) -> None:
+    write_result(tmp_path, make_result("sharded_server", loss_shift=1.0))
+    text = report(write_comparison(tmp_path))["In short"]
+    assert "waits for communication 22.0 % under Baseline DDP (PyTorch), 18.0 % under Manual All-Reduce" in text
+    assert "Manual All-Reduce and Parameter Server (PS) agree with Baseline DDP (PyTorch)" in text
+    assert "Sharded Server does not agree with Baseline DDP (PyTorch)" in text
+    assert "on Example CPU with 4 cores over gloo, torch 2.14.1, lightning 2.6.6" in text
 
 
 # Throughput
@@ -168,6 +217,18 @@ def test_waiting_and_what_a_step_would_gain(tmp_path: Path) -> None:
     assert "At most" in text.split("Manual All-Reduce waits")[0]
 
 
+def test_repeats_show_their_range(tmp_path: Path) -> None:
+    for repeat, exposed in enumerate((10.0, 20.0, 30.0), start=1):
+        ours = make_result("manual_allreduce")
+        ours["comm"] |= {"step_ms": 100.0, "exposed_ms": exposed, "share_pct": exposed}
+        write_result(tmp_path, ours, repeat=repeat)
+    text = report(tmp_path)
+    assert (
+        "waits 20.0 ms (10.0 .. 30.0) for communication in a step of 100.0 ms (100.0 .. 100.0)" in text["Communication"]
+    )
+    assert "20.0 % (10.0 .. 30.0) under Manual All-Reduce" in text["In short"]
+
+
 def test_parts_that_do_not_add_up_are_explained(tmp_path: Path) -> None:
     ours = make_result("parameter_server")
     assert "they do not add up" not in pair(tmp_path, ours)["Communication"]
@@ -250,6 +311,56 @@ def test_noisy_repeats(tmp_path: Path) -> None:
         result["summary"]["avg_train_throughput"] = rate
         write_result(tmp_path, result, repeat=repeat)
     assert "is noisy: 300.0 .. 400.0 img/s over 2 repeats, 29 % of the median" in report(tmp_path)["Warnings"]
+
+
+def test_epochs_that_scatter(tmp_path: Path) -> None:
+    ours = make_result("manual_allreduce")
+    ours["epochs"][1]["train_throughput"] = 300.0
+    text = pair(tmp_path, ours)["Warnings"]
+    assert "Manual All-Reduce is noisy: 300.0 .. 432.0 img/s over its 3 epochs, 31 % of the median" in text
+    assert "Baseline DDP (PyTorch) is noisy" not in text
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"), [(3, "means over 3 steps"), (0, "0 steps (0: nothing but warm-up"), (20, "")]
+)
+def test_figures_from_few_steps(tmp_path: Path, steps: int, sentence: str) -> None:
+    ours = make_result("manual_allreduce", epochs=1)
+    ours["epochs"][0]["comm"] = ours["comm"] | {"measured_steps": steps}
+    text = pair(tmp_path, ours)["Warnings"]
+    assert (sentence in text) if sentence else ("too few to trust" not in text)
+
+
+@pytest.mark.parametrize(("load", "busy"), [(9.0, True), ([9.0, 1.0, 1.0], True), (3.5, False), ("x", False)])
+def test_a_machine_with_other_work(tmp_path: Path, load: object, busy: bool) -> None:
+    """Two or three processes of a run explain a load of 3, but not one of 9."""
+    ours = make_result("parameter_server")
+    ours["environment"]["load_average"] = load
+    text = pair(tmp_path, ours)["Warnings"]
+    assert ("a load average of 9.00 when results_ps.json began" in text) is busy
+    assert "differ in load_average" not in text
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("seed", "Their data order and losses need not be the same."),
+        ("cpu_model", "Their speeds do not compare."),
+        ("torch", "It may be that, and not the method."),
+    ],
+)
+def test_what_a_difference_means(tmp_path: Path, key: str, sentence: str) -> None:
+    ours = make_result("manual_allreduce")
+    ours["environment"][key] = "other"
+    text = pair(tmp_path, ours)["Warnings"]
+    assert f"The runs differ in {key}: " in text
+    assert sentence in text
+
+
+def test_a_seed_is_told_once(tmp_path: Path) -> None:
+    ours = make_result("manual_allreduce")
+    ours["environment"]["seed"] = ours["config"]["seed_everything"] = 43
+    assert pair(tmp_path, ours)["Warnings"].count("43") == 1
 
 
 def test_unequal_worker_counts(tmp_path: Path) -> None:
