@@ -84,9 +84,13 @@ def test_async_with_one_worker_is_plain_training_to_the_bit(transport: str) -> N
     assert all(torch.equal(plain[name], state[name]) for state in ours for name in plain)
 
 
+@pytest.mark.parametrize("transport", ["shared_memory", "tcp"])
 @pytest.mark.parametrize(("mode", "staleness"), [("async", None), ("bounded", 2)])
-def test_a_slow_worker_holds_nobody_back_beyond_the_bound(mode: str, staleness: int | None, tmp_path: Path) -> None:
+def test_a_slow_worker_holds_nobody_back_beyond_the_bound(
+    mode: str, staleness: int | None, transport: str, tmp_path: Path
+) -> None:
     options = {"mode": mode, "staleness": staleness, "record_schedule": tmp_path / "schedule.json"}
+    options["transport"] = transport
     states = _run(4, options, 10, {"max_epochs": 1})
     schedule = json.loads((tmp_path / "schedule.json").read_text())
     assert sorted(schedule) == sorted([0, 1, 2] * 12)
