@@ -24,6 +24,7 @@ from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient
 from ..comm.server.naive import NaivePeers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
+from ..comm.tracer import Tracer
 from ..errors import UserError
 from .collective import CollectiveStrategy
 from .last_words import last_words, take_over
@@ -36,6 +37,7 @@ from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
 _BYE_LINGER_MS = 5000
+_TRACE_KEY = "trace folder"
 
 
 @final
@@ -292,6 +294,8 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def start_fitting(self) -> None:
         self._refuse_unservable()
+        if self.is_global_zero and self.timeline.tracer.folder is not None:
+            self._store.set(_TRACE_KEY, self.timeline.tracer.folder)
         client = self._client = self._connect(self._named_parameters(), self._cut())
         self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
         if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
@@ -366,7 +370,17 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.setup_precision_plugin()
             _optimizers_to_device(self.optimizers, self.root_device)
         self._refuse_unservable()
-        self._farewell = self._make_serving().serve(self.optimizers, self._named_parameters(), self._cut())
+        serving = self._make_serving()
+        serving.tracer = self._tracer_of_server()
+        self._farewell = serving.serve(self.optimizers, self._named_parameters(), self._cut())
+
+    def _tracer_of_server(self) -> Tracer:
+        """If traces are recorded, to where the first worker does: by default folders carry the time."""
+        tracer = self.timeline.tracer
+        if tracer.on_request is not None:
+            self._wait_for_key(_TRACE_KEY)
+            tracer.on_request.open(self._store.get(_TRACE_KEY).decode())
+        return tracer
 
     def _make_serving(self) -> Serving:
         launcher = self._launcher

@@ -99,9 +99,8 @@ class AsyncServer(ParameterServer):
 
     @override
     def _push(self, worker: int, message: Message) -> None:
-        payload = self._payload(worker, message)
-        self.served[message.optimizer].add(worker, message.bucket, message.part, payload)
-        self.statistics.num_bytes += len(payload)
+        num_bytes = self._take_part(worker, message)
+        self.statistics.num_bytes += num_bytes
         self._apply_if_complete(worker, message.optimizer)
 
     def _apply_if_complete(self, worker: int, number: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..buckets import Bucket, BufferSpec, make_buckets
+from ..tracer import Tracer
 from .layout import Layout
 from .protocol import ProtocolError
 
@@ -28,6 +29,7 @@ class ServedOptimizer(ABC):
 
     Attributes:
         sum_over_servers: Adds up a number over all servers of the run; blocks. For the norm of the whole gradient.
+        tracer: Told what is done when; the server sets it.
     """
 
     sum_over_servers: Callable[[float], float] | None = None
@@ -45,6 +47,7 @@ class ServedOptimizer(ABC):
         self._values = Layout(parameters, part_mib, allocate)
         self._num_workers = num_workers
         self._shared: dict[int, list[Bucket]] = {}
+        self.tracer = Tracer()
         self.reduce_ms = 0.0
         self.optimizer_ms = 0.0
         with torch.no_grad():
@@ -100,9 +103,14 @@ class ServedOptimizer(ABC):
         for parameter, gradient, used in zip(bucket.parameters(), gradients, flags, strict=True):
             parameter.grad = gradient if used else None
 
-    def _step(self, clip: dict[str, Any]) -> None:
-        """Clip and step whatever has a gradient."""
+    def _step(self, clip: dict[str, Any], **of: int) -> None:
+        """Clip and step whatever has a gradient: ``of`` which bucket or worker, for traces."""
         start_ns = time.perf_counter_ns()
+        with self.tracer.part("optimizer", **of):
+            self._clip_and_step(clip)
+        self.optimizer_ms += (time.perf_counter_ns() - start_ns) / 1e6
+
+    def _clip_and_step(self, clip: dict[str, Any]) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if clip["algorithm"] == "norm":
             self._clip_norm(parameters, clip["value"])
@@ -112,7 +120,6 @@ class ServedOptimizer(ABC):
             self.optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-        self.optimizer_ms += (time.perf_counter_ns() - start_ns) / 1e6
 
     def _clip_norm(self, parameters: list[Tensor], max_norm: float) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..buckets import Bucket, BufferSpec
 from ..packing import MalformedTree, pack_tree, tensor_bytes, tensor_from, unpack_tree
+from ..tracer import Tracer
 from .checks import check_fields, check_settings
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 from .served import ServedOptimizer
@@ -119,6 +120,13 @@ class ParameterServer(ABC):
         self._left: dict[int, Any] = {}
         self._waiting_since: float | None = time.monotonic()
         self.statistics = ServerStatistics()
+        self.trace(Tracer())
+
+    def trace(self, tracer: Tracer) -> None:
+        """Let ``tracer`` know what is done when; before :meth:`serve`."""
+        self.tracer = tracer
+        for served in self.served:
+            served.tracer = tracer
 
     # -- what a mode decides ---------------------------------------------------------------------------------
 
@@ -176,6 +184,7 @@ class ParameterServer(ABC):
         self._check_turn(worker, message)
         if message.kind == Kind.STEP:
             check_settings(worker, message.info["groups"], self.served[message.optimizer].optimizer)
+            self.tracer.requested(worker, message.info.get("recorded") is True)
         _HANDLERS[message.kind](self, worker, message)
 
     def _check_turn(self, worker: int, message: Message) -> None:
@@ -293,8 +302,19 @@ class ParameterServer(ABC):
             self._send_values(message.optimizer, bucket, [worker])
         self._send(worker, Message(Kind.DONE, message.optimizer, info={}))
 
+    def _take_part(self, worker: int, message: Message) -> int:
+        """Keep a part of a push; returns its bytes."""
+        with self.tracer.part("receive", bucket=message.bucket, part=message.part, worker=worker):
+            payload = self._payload(worker, message)
+            self.served[message.optimizer].add(worker, message.bucket, message.part, payload)
+        return len(payload)
+
     def _send_values(self, number: int, bucket: Bucket, workers: Iterable[int]) -> None:
         """The bucket's current parameters, to ``workers``."""
+        with self.tracer.part("send", bucket=bucket.index(), workers=list(workers)):
+            self._send_parts(number, bucket, workers)
+
+    def _send_parts(self, number: int, bucket: Bucket, workers: Iterable[int]) -> None:
         served = self.served[number]
         for part, (start, end) in enumerate(served.layout.parts(bucket)):
             values = served.values(bucket, start, end)
