@@ -132,19 +132,35 @@ def test_slices_of_a_row_lie_within_each_other_or_apart(
     assert content["otherData"]["clocks_agree_within_us"] == 0
 
 
-def _native_beside_the_profiler(rank: int, folder: str) -> list[float]:
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+class Late(Mlp):
+    """Rank 1 comes late to every backward pass, each time by another delay."""
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        time.sleep(LATE_S * (1 + index % 3) * self.global_rank)
+        return super().training_step(batch, index)
+
+
+LATE_S = 0.04
+
+
+def _fit_beside_the_profiler(rank: int, folder: str) -> list[float]:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         options = {"algorithm": "native", "overlap": False}
-        fit_with_trace(rank, "manual_allreduce", 2, options, folder, "1-8", None, Mlp())
-    events = [event for event in profiled.events() if event.name == "gloo:all_reduce"]
+        fit_with_trace(rank, "manual_allreduce", 2, options, folder, "1-8", None, Late())
     numel = sum(p.numel() for p in Mlp().parameters())
-    return [e.time_range.elapsed_us() for e in events if e.input_shapes in ([], [[numel]])]
+    events = [e for e in profiled.events() if e.name == "gloo:all_reduce" and e.input_shapes == [[numel]]]
+    return [event.time_range.elapsed_us() for event in sorted(events, key=lambda event: event.time_range.start)]
 
 
 def test_our_spans_are_those_of_torchs_profiler(tmp_path: Path) -> None:
-    run_distributed(_native_beside_the_profiler, 2, str(tmp_path))
+    """They begin before the call and end in a callback: apart by a few switches of threads, not by the delays."""
+    theirs, _ = run_distributed(_fit_beside_the_profiler, 2, str(tmp_path))
     rows, _ = read_trace(tmp_path / TRACE)
-    assert len(rows) == 2
+    ours = [event["dur"] for event in rows["rank 0"].of("communication")]
+    assert len(ours) == len(theirs) == 8
+    assert max(ours) > 2 * min(ours) > LATE_S * 1e6
+    differences = sorted(abs(mine - other) for mine, other in zip(ours, theirs, strict=True))
+    assert differences[len(ours) // 2] < 0.1 * LATE_S * 1e6, list(zip(ours, theirs, strict=True))
 
 
 # -- when things go wrong ------------------------------------------------------------------------------------
