@@ -68,9 +68,11 @@ class Tracer:
 
     def part(self, name: str, **args: Any) -> AbstractContextManager[Any]:
         """For profilers and the recorder: the block, which is within a span of communication or on a server."""
-        if self.recorder is None:
-            return self.range(name, **args)
-        return self._part(name, args)
+        if self.recorder is not None:
+            return self._part(name, args)
+        if self.profile is None and not self.uses_nvtx and not profiler._is_profiler_enabled:
+            return _OFF
+        return self._range(name, args)
 
     @contextmanager
     def _part(self, name: str, args: dict[str, Any]) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -24,3 +25,15 @@ def show_in_profiler(strategy: CollectiveStrategy, trainer: pl.Trainer) -> None:
     silent = isinstance(profiler, (PassThroughProfiler, PyTorchProfiler))
     tracer.profile = None if silent else profile
     tracer.uses_nvtx = strategy.root_device.type == "cuda"
+
+
+@contextmanager
+def without_torch_profiler(trainer: pl.Trainer) -> Iterator[None]:
+    """For a server: Lightning's PyTorchProfiler goes by training steps, and fails at the end where there were none."""
+    profiler: Profiler = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(profiler, PyTorchProfiler):
+        trainer.profiler = PassThroughProfiler()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        trainer.profiler = profiler  # pyright: ignore[reportAttributeAccessIssue]
