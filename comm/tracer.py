@@ -92,14 +92,18 @@ class Tracer:
                 stack.enter_context(self.profile(name))
             yield
 
-    def requested(self, worker: int, is_recorded: bool) -> None:
-        """Server: ``worker`` announces a step, which it records or does not."""
-        if self.on_request is None:
-            return
-        (self._requested.add if is_recorded else self._requested.discard)(worker)
-        if self.recorder is not None:
-            self.recorder.flush()
-        self.recorder = self.on_request if self._requested else None
+    def requested(self, worker: int) -> None:
+        """Server: ``worker`` announces a step that it records."""
+        if self.on_request is not None:
+            self._requested.add(worker)
+            self.recorder = self.on_request
+
+    def answered(self, worker: int) -> None:
+        """Server: that step is over for ``worker``."""
+        self._requested.discard(worker)
+        if self.on_request is not None and self.recorder is self.on_request and not self._requested:
+            self.recorder = None
+            self.on_request.flush()
 
 
 def _label(name: str, args: dict[str, Any]) -> str:

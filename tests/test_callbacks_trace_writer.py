@@ -50,6 +50,10 @@ def _workers(rows: dict[str, Row]) -> list[Row]:
     return [row for name, row in rows.items() if name.startswith("rank")]
 
 
+def _steps_of(rows: dict[str, Row]) -> list[dict[str, Any]]:
+    return [step for row in _workers(rows) for step in row.of("step")]
+
+
 def _servers(rows: dict[str, Row]) -> list[Row]:
     return [row for name, row in rows.items() if name.startswith("server")]
 
@@ -68,7 +72,9 @@ def test_a_trace_holds_every_process_and_agrees_with_the_figures(
         assert sum(len(row.within(step)) for step in steps) == len(row.slices) - STEPS, "a span is outside of its step"
         for step in steps:
             _check_step(row, step)
+    first, last = min(step["ts"] for step in _steps_of(rows)), max(map(end, _steps_of(rows)))
     for row in _servers(rows):
+        assert all(first <= event["ts"] and end(event) <= last for event in row.slices)
         assert {event["name"].split(" bucket")[0] for event in row.slices} >= {"optimizer"}
     assert not (tmp_path / FOLDER).exists()  # merged
 
@@ -158,7 +164,7 @@ def test_our_spans_are_those_of_torchs_profiler(tmp_path: Path) -> None:
     rows, _ = read_trace(tmp_path / TRACE)
     ours = [event["dur"] for event in rows["rank 0"].of("communication")]
     assert len(ours) == len(theirs) == 8
-    assert max(ours) > 2 * min(ours) > LATE_S * 1e6
+    assert max(theirs) > LATE_S * 1e6, "nothing that could be told from noise"
     differences = sorted(abs(mine - other) for mine, other in zip(ours, theirs, strict=True))
     assert differences[len(ours) // 2] < 0.1 * LATE_S * 1e6, list(zip(ours, theirs, strict=True))
 

@@ -79,12 +79,15 @@ def test_profilers_get_both() -> None:
 
 def test_a_server_records_while_some_worker_does() -> None:
     tracer, kept = Tracer(), Kept()
-    tracer.requested(0, True)  # nobody records here
+    tracer.requested(0)  # nobody records here
+    tracer.answered(0)
     assert tracer.recorder is None
     tracer.on_request = kept
     seen = []
-    for worker, is_recorded in ((0, False), (0, True), (1, False), (1, True), (0, False), (1, False)):
-        tracer.requested(worker, is_recorded)
+    for event, worker in ((tracer.requested, 0), (tracer.answered, 1), (tracer.requested, 1), (tracer.answered, 0)):
+        event(worker)
         seen.append(tracer.recorder is kept)
-    assert seen == [False, True, True, True, True, False]
-    assert kept.num_flushed == 4  # whenever a step was announced that might have ended one
+    assert seen == [True] * 4
+    tracer.answered(1)
+    assert tracer.recorder is None
+    assert kept.num_flushed == 1

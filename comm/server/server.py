@@ -184,7 +184,8 @@ class ParameterServer(ABC):
         self._check_turn(worker, message)
         if message.kind == Kind.STEP:
             check_settings(worker, message.info["groups"], self.served[message.optimizer].optimizer)
-            self.tracer.requested(worker, message.info.get("recorded") is True)
+            if message.info.get("recorded") is True:
+                self.tracer.requested(worker)
         _HANDLERS[message.kind](self, worker, message)
 
     def _check_turn(self, worker: int, message: Message) -> None:
@@ -205,6 +206,8 @@ class ParameterServer(ABC):
 
     def _send(self, worker: int, message: Message) -> None:
         self._socket.send_multipart([str(worker).encode(), *message.frames()], copy=False)
+        if message.kind == Kind.DONE:
+            self.tracer.answered(worker)
 
     def _tell_all(self, message: Message) -> None:
         for worker in self._greeted - self._left.keys():
