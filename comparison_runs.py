@@ -20,7 +20,7 @@ from .report import atomic_write_json, failed_filename, method_of, result_filena
 
 _STEP = re.compile(r"^epoch (\d+) step (\d+)/(\d+)")
 _DONE = re.compile(r"^epoch (\d+)/\d+ done")
-_SHOWN = re.compile(r"^(epoch |server: )")
+_SHOWN = re.compile(r"^(epoch |server( \d+)?: )")
 _END_PATIENCE_S = 10.0
 
 

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 _DIE_WITH_PARENT = "GRADSYNC_DIE_WITH_PARENT"
+_DIES_WITH_PARENT = "GRADSYNC_DIES_WITH_PARENT"
+"""The process that got the signal: variables are inherited, the signal is not."""
 _FAILURES = "GRADSYNC_FAILURES"
 _PR_SET_PDEATHSIG = 1
 _PREFIX = "gradsync-"
@@ -21,7 +23,14 @@ def die_with_parent() -> None:
     """End this process when the one that started it ends, if that is one of ours; mark our own children likewise."""
     if os.environ.get(_DIE_WITH_PARENT):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.environ[_DIES_WITH_PARENT] = str(os.getpid())
     os.environ[_DIE_WITH_PARENT] = "1"
+
+
+def end_with_parent(on: bool) -> None:
+    """Switch the signal at the parent's death off and on again in a process that :func:`die_with_parent` gave it."""
+    if os.environ.get(_DIES_WITH_PARENT) == str(os.getpid()):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if on else 0)
 
 
 def child_environment() -> dict[str, str]:
@@ -85,3 +94,9 @@ class FailureRecords:
         if self._owner:
             shutil.rmtree(self._folder, ignore_errors=True)
             os.environ.pop(_FAILURES, None)
+
+
+def remove_failure_records() -> None:
+    """In place of the process that made the folder and was killed."""
+    if _FAILURES in os.environ:
+        shutil.rmtree(os.environ[_FAILURES], ignore_errors=True)

@@ -70,6 +70,8 @@ class Process:
     size: int
     earlier_pids: tuple[int, ...]
     """Of the processes with a lower index."""
+    folder: Path
+    """Of the group; it goes with it."""
 
 
 def run_processes(function: Callable[[Process], Any], size: int, timeout_s: float) -> list[Any]:
@@ -105,7 +107,7 @@ class Processes:
         for index in range(size):
             parent, pid = os.getpid(), os.fork()
             if pid == 0:
-                _be_process(function, Process(index, size, tuple(self._pids)), port, self._folder, parent)
+                _be_process(function, Process(index, size, tuple(self._pids), self._folder), port, parent)
             self._pids.append(pid)
         self._running = dict(enumerate(self._pids))
 
@@ -155,9 +157,9 @@ class Processes:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _be_process(function: Callable[[Process], Any], process: Process, port: int, folder: Path, parent: int) -> None:
+def _be_process(function: Callable[[Process], Any], process: Process, port: int, parent: int) -> None:
     """The whole life of a forked process: it never returns."""
-    code = 1
+    code, folder = 1, process.folder
     try:
         # a group of its own: Ctrl-C reaches the parent only, which then ends all
         os.setpgid(0, 0)
@@ -266,6 +268,12 @@ class Rounds:
             for name, rounds in samples.items()
         }
         return {name: _spread(rounds) for name, rounds in with_ratios.items()}
+
+    def differences(self, name: str, base: str, metric: Callable[[Metrics], float]) -> dict[str, float]:
+        """Median, min and max over rounds of what `metric` of row `name` is above that of `base` in the same round."""
+        pairs = zip(self._samples[name], self._samples[base], strict=True)
+        values = [metric(sample) - metric(other) for sample, other in pairs]
+        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
     def summary_with_ratios(self, baseline: str, metrics: Mapping[str, str]) -> Summary:
         """As :meth:`summary`, with ``NAME_ratio_to_BASELINE`` for every name and metric in `metrics`."""

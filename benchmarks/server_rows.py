@@ -218,7 +218,7 @@ class Gradsync(Row):
                 watch=lambda: None,
                 on_step=lambda _: step_done(),
                 shared=self._is_shared,
-                naive=self._naive(store, 0, workload.timeout_s),
+                peers=self._naive(store, 0, workload.timeout_s),
             )
             try:
                 server.serve()
@@ -250,7 +250,7 @@ class Gradsync(Row):
                 timeout_s=workload.timeout_s,
                 part_mib=self.part_mib,
                 timeline=Timeline(),
-                naive=self._naive(store, 1, workload.timeout_s),
+                peers=self._naive(store, 1, workload.timeout_s),
                 sharing_workers=1 if self._is_shared else None,
             )
             client.start()

@@ -37,7 +37,6 @@ _SETTLING_STEPS = 1
 """At the begin of a turn: caches hold what others did meanwhile."""
 
 
-@final
 @dataclass(frozen=True)
 class Workload:
     """What every training process does, whatever the row."""
@@ -92,7 +91,12 @@ class StepClock:
     Args:
         parent: Takes the metrics of every turn (None of the warm-up) and answers when the next one begins.
         server_pid: A process that trains nothing, whose processor time counts too.
+
+    Attributes:
+        also: Further figures that grow, as they are now.
     """
+
+    also: Callable[[], dict[str, float]] = dict
 
     def __init__(self, workload: Workload, parent: Connection, server_pid: int | None) -> None:
         self._workload = workload
@@ -100,7 +104,7 @@ class StepClock:
         self._server_pid = server_pid
         self._num_steps = 0
         self._before_turn = workload.warmup
-        self._start: tuple[float, ...] = ()
+        self._start: dict[str, float] = {}
 
     def step_done(self) -> None:
         self._num_steps += 1
@@ -118,19 +122,18 @@ class StepClock:
         if self._num_steps < self._workload.total_steps:
             self._parent.recv()
 
-    def _now(self) -> tuple[float, ...]:
+    def _now(self) -> dict[str, float]:
         times = os.times()
-        server_ms = () if self._server_pid is None else (1000 * cpu_s(self._server_pid),)
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        return (1000 * time.perf_counter(), 1000 * (times.user + times.system), faults, *server_ms)
+        now = {"step_ms": 1000 * time.perf_counter(), "cpu_ms": 1000 * (times.user + times.system)}
+        now["page_faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        if self._server_pid is not None:
+            now["server_cpu_ms"] = 1000 * cpu_s(self._server_pid)
+        return now | self.also()
 
     def _metrics(self) -> dict[str, float]:
         """Per step."""
-        names = ("step_ms", "cpu_ms", "page_faults", "server_cpu_ms")
-        spent = [
-            (end - start) / self._workload.steps_per_turn for start, end in zip(self._start, self._now(), strict=True)
-        ]
-        return dict(zip(names, spent, strict=False))
+        now = self._now()
+        return {name: (now[name] - start) / self._workload.steps_per_turn for name, start in self._start.items()}
 
 
 @final
@@ -228,6 +231,10 @@ class Accelerate(Row):
             clock.step_done()
 
 
+Observe = Callable[[Process, Workload, StepClock], dict[str, Any]]
+"""Options of the Trainer by which a run is watched."""
+
+
 @final
 class LightningLoop(Row):
     """Lightning's loop, always with the same callbacks.
@@ -235,28 +242,44 @@ class LightningLoop(Row):
     Args:
         strategy: Makes the strategy; :class:`SingleDeviceStrategy` is no communication at all.
         num_servers: Processes beside the training ones.
+        observe: Makes further options of the Trainer: callbacks, a logger.
     """
 
-    def __init__(self, strategy: Callable[[], Strategy], num_servers: int = 0, synchronizes: bool = True) -> None:
+    def __init__(
+        self,
+        strategy: Callable[[], Strategy],
+        num_servers: int = 0,
+        synchronizes: bool = True,
+        observe: Observe = lambda process, workload, clock: {"callbacks": [CommunicationMonitor(workload.warmup)]},
+    ) -> None:
+        self._observe = observe
         self._strategy = strategy
         self.num_servers = num_servers
         self.synchronizes = synchronizes
+
+    def observed_by(self, observe: Observe) -> LightningLoop:
+        """The same row with other options of the Trainer."""
+        return LightningLoop(self._strategy, self.num_servers, self.synchronizes, observe)
 
     @override
     def train(
         self, process: Process, workload: Workload, network: nn.Module, batches: list[Any], clock: StepClock
     ) -> None:
+        options: dict[str, Any] = {
+            "logger": False,
+            "enable_progress_bar": False,
+            **self._observe(process, workload, clock),
+        }
+        options["callbacks"] = [*options["callbacks"], ClockCallback(clock)]
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=process.size if self.synchronizes else 1,
             strategy=self._strategy(),
             max_epochs=1,
-            callbacks=[CommunicationMonitor(workload.warmup), ClockCallback(clock)],
-            logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,  # every rank has its own batches
+            **options,
         )
         trainer.fit(Classifier(network), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
 

@@ -127,10 +127,13 @@ def bounded_layout(parameters: Iterable[Tensor], max_bytes: int) -> list[list[Te
     return runs
 
 
-def make_buckets(layout: Sequence[list[Tensor]], buffers: Iterable[Tensor] | None = None) -> list[Bucket]:
-    """Buckets of a layout, in ``buffers`` (one each, as :class:`BufferSpec` says) or in new memory."""
+def make_buckets(
+    layout: Sequence[list[Tensor]], buffers: Iterable[Tensor] | None = None, first: int = 0
+) -> list[Bucket]:
+    """Buckets of a layout, from number ``first``, in ``buffers`` (one each, see :class:`BufferSpec`) or new memory."""
     if buffers is None:
         specs = [BufferSpec.of(run) for run in layout]
         buffers = [torch.zeros(spec.numel, dtype=spec.dtype, device=spec.device) for spec in specs]
-    last = len(layout) - 1
-    return [Bucket(i, run, i == last, buffer) for i, (run, buffer) in enumerate(zip(layout, buffers, strict=True))]
+    last = first + len(layout) - 1
+    runs = enumerate(zip(layout, buffers, strict=True), first)
+    return [Bucket(i, run, i == last, buffer) for i, (run, buffer) in runs]

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..comm.optimizers import is_elementwise
-from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient
+from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient, WorkerGrowth
+from ..comm.server.collective import CollectivePeers
+from ..comm.server.layout import travelling_dtype
 from ..comm.server.naive import NaivePeers
+from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
 from ..comm.tracer import Tracer
 from ..errors import UserError
+from .averaging import refuse_averaging
 from .collective import CollectiveStrategy
 from .last_words import last_words, take_over
 from .metric_sync import MetricSync
@@ -33,10 +40,13 @@ from .rendezvous import roll_call
 from .server_launcher import ServerLauncher, ServingDone
 from .server_options import ServerOptions
 from .server_sockets import ServerSockets
+from .server_tensorboard import announce
+from .server_watch import ServerWatch
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
-_BYE_LINGER_MS = 5000
+_BYE_LINGER_MS = 60_000
+"""How long a worker that leaves may take to hand over the weights. It ends as soon as they are sent."""
 _TRACE_KEY = "trace folder"
 
 
@@ -61,11 +71,16 @@ class ParameterServerStrategy(CollectiveStrategy):
         record_schedule: A JSON file for the order of workers in which gradients were applied.
         replay_schedule: Such a file: apply them in this order, so that a run is repeated to the bit.
         transport: ``shared_memory`` (tensors in memory that all processes map, CPU only), ``ipc`` (ZeroMQ over a
-            Unix socket), ``tcp`` (ZeroMQ over loopback) or ``naive`` (one blocking send and recv per parameter; the
-            baseline). ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
+            Unix socket), ``tcp`` (ZeroMQ over loopback), ``collective`` (a reduce to the server and a broadcast from it
+            by ``process_group_backend``) or ``naive`` (one blocking send and recv per parameter; the baseline).
+            ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
         part_mib: Size of a part in MiB: pushing, summing, stepping and pulling overlap part by part. By default what
-            was fastest: 16 in shared memory, 4 on sockets.
-        server_log_every_n_steps: How often the server prints what it does; 0 for never.
+            was fastest: 16 in shared memory, 4 on sockets; as DDP's buckets, 25, with ``collective``.
+        wire_dtype: ``float32``, ``bfloat16`` or ``float16``: gradients and parameters of wider floats travel in it.
+            Workers compute with parameters rounded to it; the server, checkpoints and the final weights hold them
+            unrounded. By default they travel as they are.
+        server_log_every_n_steps: How often the server prints what it does, and writes it to TensorBoard if the trainer
+            has a TensorBoardLogger; 0 for neither.
         kwargs: See :class:`CollectiveStrategy`.
     """
 
@@ -85,12 +100,22 @@ class ParameterServerStrategy(CollectiveStrategy):
         staleness_correction: bool = False,
         record_schedule: str | Path | None = None,
         replay_schedule: str | Path | None = None,
+        wire_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         record, replay = (Path(path) if path else None for path in (record_schedule, replay_schedule))
         self._options = ServerOptions(
-            transport, part_mib, servers, share_parameters, mode, staleness, staleness_correction, record, replay
+            transport=transport,
+            part_mib=part_mib,
+            servers=servers,
+            share_parameters=share_parameters,
+            mode=mode,
+            staleness=staleness,
+            staleness_correction=staleness_correction,
+            record_schedule=record,
+            replay_schedule=replay,
+            wire_dtype=wire_dtype,
         )
         self.options = self._options.shown()
         self.num_servers = servers
@@ -98,9 +123,9 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._sockets: ServerSockets | None = None
-        self._cuts: list[list[list[Cut]]] = []
+        self._watch: ServerWatch | None = None
         self._client: ServersClient | None = None
-        self._naive: NaivePeers | None = None
+        self._peers: Peers | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
 
     # -- topology --------------------------------------------------------------------------------------------
@@ -148,6 +173,8 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     @property
     def _part_mib(self) -> float:
+        if self.options["transport"] == "collective":
+            return self._options.part_mib or 25.0
         return self._options.part_mib or (16.0 if self._shares_memory else 4.0)
 
     @property
@@ -178,14 +205,38 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._sockets = ServerSockets()
         if self.is_server:
             endpoint = self._sockets.bind(over_tcp=self.options["transport"] == "tcp")
+            self._store.set(f"pid {self.process_rank}", str(os.getpid()))
             self._store.set(f"endpoint {self.process_rank}", endpoint)
+            if self.process_rank > 0:
+                self._watch_servers([0], [endpoint])
         else:
-            self.join_workers()
             endpoints = [self._store.get(f"endpoint {server}").decode() for server in range(self.num_servers)]
+            self._watch_servers(range(self.num_servers), endpoints)
+            self.join_workers()
             self._sockets.connect(endpoints, self.global_rank)
+        self._peers = self._meet_peers()
+
+    def _meet_peers(self) -> Peers | None:
+        """What moves gradients and parameters if the socket does not; blocks until all processes are here."""
+        store, rank, size = dist.PrefixStore("peers", self._store), self.process_rank, self.world_size + 1
         if self.options["transport"] == "naive":
-            peers = dist.PrefixStore("naive", self._store)
-            self._naive = NaivePeers(peers, self.process_rank, self.world_size + 1, self.start_timeout)
+            return NaivePeers(store, rank, size, self.start_timeout)
+        if self.options["transport"] == "collective":
+            backend = self.process_group_backend
+            return CollectivePeers(store, rank, size, backend, self.start_timeout, self.step_timeout)
+        return None
+
+    def _watch_servers(self, servers: Sequence[int], endpoints: list[str]) -> None:
+        """The first worker tells whose end nobody else would: server 0 names its children, torchrun only ranks."""
+        external = not isinstance(self.cluster_environment, LightningEnvironment)
+        speaks_for = [s for s in servers if self.global_rank == 0 and (s == 0 or external)]
+        pids = {server: int(self._store.get(f"pid {server}")) for server in servers}
+        self._watch = ServerWatch(pids, speaks_for, endpoints)
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = None
 
     def join_workers(self) -> None:
         """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
@@ -225,6 +276,7 @@ class ParameterServerStrategy(CollectiveStrategy):
                 "--trainer.precision 16-mixed does not work with --trainer.strategy parameter_server: a loss scaler "
                 "may skip a step on one worker only; use bf16-mixed"
             )
+        self._refuse_averaging(trainer)
         if self.is_server:
             self._serve(trainer)
             raise ServingDone
@@ -240,6 +292,16 @@ class ParameterServerStrategy(CollectiveStrategy):
         super().teardown()
         if self._metric_sync is not None:
             self._metric_sync.detach()
+
+    def _refuse_averaging(self, trainer: pl.Trainer) -> None:
+        """Where fetching parameters would overwrite the average, or all workers would swap the same memory."""
+        flag, options = "--trainer.strategy.", self._options
+        if not options.is_sync:
+            refuse_averaging(trainer, f"{flag}mode {options.mode}", f"use {flag}mode sync")
+        if options.share_parameters:
+            refuse_averaging(trainer, f"{flag}share_parameters", "leave it out")
+        if options.wire_dtype is not None:
+            refuse_averaging(trainer, f"{flag}wire_dtype {options.wire_dtype}", "leave it out")
 
     def _refuse_unservable(self) -> None:
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
@@ -262,11 +324,10 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     def _cut(self) -> list[list[list[Cut]]]:
         """Per optimizer and server, what it serves: computed alike in every process."""
-        self._cuts = [
+        return [
             spread([p for _, p in named], self.num_servers, is_elementwise(optimizer) and not self._shares_parameters)
             for optimizer, named in zip(self.optimizers, self._named_parameters(), strict=True)
         ]
-        return self._cuts
 
     def _connect(self, named: list[Named], cuts: list[list[list[Cut]]]) -> ServersClient:
         """To all servers; blocks until they have seen all workers. See :class:`.ServersClient` for the arguments."""
@@ -280,9 +341,10 @@ class ParameterServerStrategy(CollectiveStrategy):
                 self.step_timeout.total_seconds(),
                 self._part_mib,
                 self.timeline,
-                self._naive,
+                self._peers,
                 self.world_size if self._shares_memory else None,
                 self.in_lockstep,
+                self._options.dtype_on_wire,
                 self._shares_parameters,
             )
             for socket, own in zip(self._sockets.sockets, pieces, strict=True)
@@ -294,12 +356,32 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def start_fitting(self) -> None:
         self._refuse_unservable()
+        self._warn_of_no_effect()
         if self.is_global_zero and self.timeline.tracer.folder is not None:
             self._store.set(_TRACE_KEY, self.timeline.tracer.folder)
         client = self._client = self._connect(self._named_parameters(), self._cut())
-        self.optimizers = [RemoteOptimizer(inner, client, n) for n, inner in enumerate(self.optimizers)]
+        assert self.model is not None
+        growth = WorkerGrowth(
+            client, self.optimizers, self.model.named_parameters(), self.num_servers, not self._shares_parameters
+        )
+        self.optimizers = [RemoteOptimizer(inner, client, n, growth) for n, inner in enumerate(self.optimizers)]
         if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
             self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _warn_of_no_effect(self) -> None:
+        wire_dtype = self._options.dtype_on_wire
+        travel = [p for named in self._named_parameters() for _, p in named if p.requires_grad]
+        if wire_dtype is not None and all(travelling_dtype(p.dtype, wire_dtype) == p.dtype for p in travel):
+            rank_zero_warn(
+                f"--trainer.strategy.wire_dtype {self._options.wire_dtype} has no effect: no trained parameter is of a "
+                "wider float dtype"
+            )
+
+    @override
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        if self.is_global_zero:
+            announce(self._store, self.lightning_module.trainer)
 
     @override
     def stop_fitting(self) -> None:
@@ -339,9 +421,21 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """For a checkpoint: in mid-epoch others may have gone on, so ask the servers."""
+        if self._fitting and self._options.wire_dtype is not None:
+            return self._exact_state_dict()
         if self._fitting and not self.in_lockstep:
             self._fetch()
         return super().lightning_module_state_dict()
+
+    def _exact_state_dict(self) -> dict[str, Any]:
+        """As the servers have it; here, parameters stay rounded, or how often one saves would change the run."""
+        if self.in_lockstep and not self.is_global_zero:
+            return super().lightning_module_state_dict()  # nobody keeps it
+        assert self._client is not None
+        self._client.fetch(exact=True)
+        state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in super().lightning_module_state_dict().items()}
+        self._client.round()
+        return state
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
@@ -370,9 +464,11 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.setup_precision_plugin()
             _optimizers_to_device(self.optimizers, self.root_device)
         self._refuse_unservable()
+        assert self.model is not None
+        by_name = dict(self.model.named_parameters())
         serving = self._make_serving()
         serving.tracer = self._tracer_of_server()
-        self._farewell = serving.serve(self.optimizers, self._named_parameters(), self._cut())
+        self._farewell = serving.serve(self.optimizers, self._named_parameters(), self._cut(), by_name)
 
     def _tracer_of_server(self) -> Tracer:
         """If traces are recorded, to where the first worker does: by default folders carry the time."""
@@ -397,7 +493,7 @@ class ParameterServerStrategy(CollectiveStrategy):
             self._shares_memory,
             self._log_every,
             launcher.first_exit_code,
-            self._naive,
+            self._peers,
         )
 
     # -- leaving ---------------------------------------------------------------------------------------------
@@ -405,26 +501,24 @@ class ParameterServerStrategy(CollectiveStrategy):
     def leave(self, trainer: pl.Trainer, result: Any) -> None:
         """Worker: say bye; rank 0 hands over what the server's process should end with."""
         assert self._client is not None
-        if not self.in_lockstep and trainer.state.fn == TrainerFn.FITTING:
-            self.control.barrier()  # all have pushed their last
-            self._fetch()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._take_final_weights()
         info, state = None, {}
         if self.is_global_zero:
             info = last_words(trainer, result)
-            state = self._unserved_state() if trainer.state.fn == TrainerFn.FITTING else {}
+            # all of it: callbacks may have changed in this process what the servers have (averaged weights)
+            assert self.lightning_module is not None
+            state = self.lightning_module.state_dict() if trainer.state.fn == TrainerFn.FITTING else {}
+        self._stop_watching()  # a server that has seen all workers leave ends
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
 
-    def _unserved_state(self) -> dict[str, Tensor]:
-        """What the first server does not have: buffers, parameters without an optimizer, what others serve."""
-        assert self.lightning_module is not None
-        served = {
-            named[cut.index][0]
-            for named, cuts in zip(self._named_parameters(), self._cuts, strict=True)
-            for cut in cuts[0]
-            if named[cut.index][1].requires_grad and cut.is_whole(named[cut.index][1])
-        }
-        return {k: v for k, v in self.lightning_module.state_dict().items() if k not in served}
+    def _take_final_weights(self) -> None:
+        assert self._client is not None
+        if not self.in_lockstep:
+            self.control.barrier()  # all have pushed their last
+        if not self.in_lockstep or self._options.wire_dtype is not None:
+            self._client.fetch(exact=True)
 
     def hand_over(self, trainer: pl.Trainer) -> Any:
         """Server: put worker 0's last words into this process's trainer and model; returns the run's result."""
@@ -439,13 +533,16 @@ class ParameterServerStrategy(CollectiveStrategy):
         """Tell the other side why, then let go of everything without waiting."""
         if self._client is not None:
             self._client.fail(f"{type(exception).__name__}: {exception}")
+        if self._peers is not None:
+            self._peers.abort()
         if self.is_server and self._launcher is not None:
             self._launcher.kill(signal.SIGTERM)
         self._close(1000)
 
     def _close(self, linger_ms: int) -> None:
+        self._stop_watching()
         if self._client is not None:
             self._client.release()
         if self._sockets is not None:
             self._sockets.close(linger_ms)
-        self._sockets = self._client = self._naive = None
+        self._sockets = self._client = self._peers = None

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+import torch
+
+from ..comm.server.wire import WIRE_DTYPES
 from ..errors import UserError
 
-_TRANSPORTS = ("auto", "shared_memory", "ipc", "tcp", "naive")
+_TRANSPORTS = ("auto", "shared_memory", "ipc", "tcp", "collective", "naive")
+_OF_ALL_WORKERS = ("collective", "naive")
+"""Transports in which all processes take part in every step."""
 _MODES = ("sync", "async", "bounded")
 _FLAG = "--trainer.strategy."
 _DEFAULT_STALENESS = 4
@@ -33,41 +38,69 @@ class ServerOptions:
     staleness_correction: bool = False
     record_schedule: Path | None = None
     replay_schedule: Path | None = None
+    wire_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (("transport", self.transport, _TRANSPORTS), ("mode", self.mode, _MODES)):
-            if value not in known:
-                raise UserError(f"{_FLAG}{name} must be one of {', '.join(known)}, got {value!r}")
+        self._check_values()
+        self._check_transport()
+        self._check_mode()
+        if self.share_parameters:
+            self._check_sharing()
+
+    def _check_values(self) -> None:
+        names = (("transport", _TRANSPORTS), ("mode", _MODES), ("wire_dtype", (None, *WIRE_DTYPES)))
+        for name, known in names:
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{_FLAG}{name} must be one of {', '.join(filter(None, known))}, got {value!r}")
         if self.part_mib is not None and self.part_mib <= 0:
             raise UserError(f"{_FLAG}part_mib must be > 0 MiB, got {self.part_mib}")
         if self.servers < 1:
             raise UserError(f"{_FLAG}servers must be >= 1, got {self.servers}")
-        if self.servers > 1 and self.transport == "naive":
-            raise UserError(f"{_FLAG}transport naive knows one server only, got {_FLAG}servers {self.servers}")
-        if self.share_parameters and self.transport not in ("auto", "shared_memory"):
-            raise UserError(f"{_FLAG}share_parameters needs {_FLAG}transport shared_memory, got {self.transport}")
-        if self.share_parameters and not self.is_sync:
-            raise UserError(
-                f"{_FLAG}share_parameters needs {_FLAG}mode sync: others would step parameters in use, "
-                f"but the mode is {self.mode}"
-            )
-        if self.staleness is not None and self.mode != "bounded":
-            raise UserError(f"{_FLAG}staleness is the bound of {_FLAG}mode bounded, but the mode is {self.mode}")
         if self.staleness is not None and self.staleness < 0:
             raise UserError(f"{_FLAG}staleness must be >= 0 steps (0: sync), got {self.staleness}")
+
+    def _check_transport(self) -> None:
+        if self.transport not in _OF_ALL_WORKERS:
+            return
+        chosen = f"{_FLAG}transport {self.transport}"
+        if self.wire_dtype:
+            raise UserError(
+                f"{_FLAG}wire_dtype needs {_FLAG}transport shared_memory, ipc or tcp: {self.transport} sends "
+                "tensors as they are"
+            )
+        if self.servers > 1:
+            raise UserError(f"{chosen} knows one server only, got {_FLAG}servers {self.servers}")
+        if not self.is_sync:
+            raise UserError(f"{chosen} knows the mode sync only")
+
+    def _check_mode(self) -> None:
+        if self.staleness is not None and self.mode != "bounded":
+            raise UserError(f"{_FLAG}staleness is the bound of {_FLAG}mode bounded, but the mode is {self.mode}")
         if self.is_sync:
             for name in ("staleness_correction", "record_schedule", "replay_schedule"):
                 if getattr(self, name):
                     raise UserError(f"{_FLAG}{name} needs {_FLAG}mode async or bounded")
         elif self.servers > 1 and (self.record_schedule or self.replay_schedule):
             raise UserError(f"{_FLAG}record_schedule and replay_schedule need {_FLAG}servers 1")
-        elif self.transport == "naive":
-            raise UserError(f"{_FLAG}transport naive knows the mode sync only")
+
+    def _check_sharing(self) -> None:
+        flag = f"{_FLAG}share_parameters"
+        if self.transport not in ("auto", "shared_memory"):
+            raise UserError(f"{flag} needs {_FLAG}transport shared_memory, got {self.transport}")
+        if not self.is_sync:
+            raise UserError(f"{flag} needs {_FLAG}mode sync, got {self.mode}: others would step parameters in use")
+        if self.wire_dtype is not None:
+            raise UserError(f"{flag} needs parameters as they are: leave out {_FLAG}wire_dtype {self.wire_dtype}")
 
     @property
     def is_sync(self) -> bool:
         """Whether all workers take part in every step."""
         return self.mode == "sync" or (self.mode == "bounded" and self.staleness == 0)
+
+    @property
+    def dtype_on_wire(self) -> torch.dtype | None:
+        """None: as tensors are held."""
+        return WIRE_DTYPES[self.wire_dtype] if self.wire_dtype else None
 
     @property
     def bound(self) -> int | None:
@@ -80,6 +113,8 @@ class ServerOptions:
         """For banners and result files."""
         options: dict[str, Any] = {"transport": self.transport, "part_mib": self.part_mib}
         options |= {"servers": self.servers, "mode": self.mode, "share_parameters": self.share_parameters}
+        if self.wire_dtype is not None:
+            options["wire_dtype"] = self.wire_dtype
         if not self.is_sync:
             options |= {"staleness": self.bound, "staleness_correction": self.staleness_correction}
         return options

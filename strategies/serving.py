@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, final
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..comm.server import AsyncServer, ParameterServer, ServerStatistics, SyncServer, WorkerFailed
-from ..comm.server.naive import NaivePeers
+from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut
 from ..comm.tracer import Tracer
 from .server_options import ServerOptions
+from .server_view import ServerView
 
 PROGRESS_KEY = "steps"
 _PROGRESS_S = 1.0
@@ -38,8 +39,9 @@ class Serving:
         timeout: How long a worker may keep others waiting.
         part_mib: Size of a part.
         shared: Whether tensors go through shared memory.
-        log_every: Steps between two lines on the console; 0 for none.
+        log_every: Steps between two lines on the console and two points in TensorBoard; 0 for none.
         first_exit: (process rank, exit code) of a process of the run that has failed.
+        peers: Move gradients and parameters instead of the socket, if given.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Serving:
         shared: bool,
         log_every: int,
         first_exit: Callable[[], tuple[int, int] | None],
-        naive: NaivePeers | None,
+        peers: Peers | None,
     ) -> None:
         self._options = options
         self._number = number
@@ -64,21 +66,29 @@ class Serving:
         self._timeout = timeout
         self._part_mib = part_mib
         self._shared = shared
-        self._log_every = log_every
+        self._view = ServerView(store, number if options.servers > 1 else None, log_every, num_workers, options.is_sync)
+        self._server: ParameterServer | None = None
         self._first_exit = first_exit
-        self._naive = naive
+        self._peers = peers
         self.tracer = Tracer()
         """Told what is done when."""
         self._applied: list[int] = []
         self._told_progress = 0.0
 
-    def serve(self, optimizers: list[Optimizer], named: list[Named], cuts: list[list[list[Cut]]]) -> tuple[Any, Any]:
+    def serve(
+        self,
+        optimizers: list[Optimizer],
+        named: list[Named],
+        cuts: list[list[list[Cut]]],
+        by_name: Mapping[str, Tensor],
+    ) -> tuple[Any, Any]:
         """Block until all workers have left; worker 0's last words.
 
         Args:
             optimizers: As configured. While this blocks their groups hold what this server serves.
             named: Per optimizer, all its parameters with their names.
             cuts: Per optimizer and server, what that serves.
+            by_name: All parameters of the module: those may join an optimizer in mid-run.
 
         Raises:
             WorkerFailed: naming the worker.
@@ -89,7 +99,7 @@ class Serving:
             of_group = {p: index for index, group in enumerate(groups) for p in group}
             for index, group in enumerate(optimizer.param_groups):
                 group["params"] = [piece.tensor for piece in own if of_group[piece.parameter] == index]
-        server = self._make_server(optimizers, name_pieces(named, pieces))
+        server = self._server = self._make_server(optimizers, name_pieces(named, pieces), by_name)
         server.trace(self.tracer)
         try:
             return server.serve()
@@ -97,13 +107,17 @@ class Serving:
             self._options.write_schedule(self._applied)
             server.release()
             for optimizer, groups in zip(optimizers, whole, strict=True):
+                del optimizer.param_groups[len(groups) :]  # joined in mid-run, and may hold pieces
                 for group, parameters in zip(optimizer.param_groups, groups, strict=True):
                     group["params"] = parameters
+            self._view.close(server.statistics)
 
-    def _make_server(self, optimizers: list[Optimizer], named: list[list[tuple[str, Tensor]]]) -> ParameterServer:
+    def _make_server(
+        self, optimizers: list[Optimizer], named: list[list[tuple[str, Tensor]]], by_name: Mapping[str, Tensor]
+    ) -> ParameterServer:
         common = (
             *(self._socket, optimizers, named, self._num_workers, self._timeout.total_seconds(), self._part_mib),
-            *(self.watch, self._report, self._shared),
+            *(self.watch, self._report, self._shared, self._options.dtype_on_wire, by_name),
         )
         if not self._options.is_sync:
             return AsyncServer(
@@ -113,7 +127,7 @@ class Serving:
                 schedule=self._options.schedule(),
                 on_apply=self._note_applied,
             )
-        server = SyncServer(*common, naive=self._naive)
+        server = SyncServer(*common, peers=self._peers)
         if self._options.servers > 1:
             add = self._make_sum()
             for served in server.served:
@@ -137,29 +151,17 @@ class Serving:
             self._applied.append(worker)
 
     def watch(self) -> None:
-        """Raise WorkerFailed if a process that this one started has ended with an error."""
+        """While nothing comes. Raise WorkerFailed if a process that this one started has ended with an error."""
         if (ended := self._first_exit()) is not None:
             rank, code = ended
             who = f"worker {rank - self._options.servers}" if rank >= self._options.servers else f"server {rank}"
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             raise WorkerFailed(f"{who} {how}")
+        if self._server is not None:
+            self._view.on_idle(self._server)
 
     def _report(self, statistics: ServerStatistics) -> None:
         if not self._options.is_sync and time.monotonic() > self._told_progress + _PROGRESS_S:
             self._told_progress = time.monotonic()
             self._store.set(PROGRESS_KEY, str(statistics.total_steps))
-        if not self._log_every or statistics.total_steps % self._log_every:
-            return
-        means = statistics.take()
-        name = f"server {self._number}" if self._options.servers > 1 else "server"
-        print(
-            f"{name}: step {means['total_steps']} | {means['steps_per_s']:.2f} steps/s | "
-            f"{means['num_bytes'] / 1e6:.1f} MB in and out per step | receive {means['receive_ms']:.0f} ms, "
-            f"reduce {means['reduce_ms']:.0f} ms, optimizer {means['optimizer_ms']:.0f} ms"
-            + (
-                ""
-                if self._options.is_sync
-                else f" | staleness {means['staleness']:.1f}, max {means['max_staleness']:.0f}"
-            ),
-            flush=True,
-        )
+        self._view.on_step(statistics)

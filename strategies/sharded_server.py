@@ -15,6 +15,7 @@ from typing_extensions import override
 from ..comm.sharded import TRANSPORTS, ShardedOptimizer, ShardedServer, Unshardable, make_sharded_server
 from ..comm.shared_memory import SharedMemoryError
 from ..errors import UserError
+from .averaging import refuse_averaging
 from .collective import CollectiveStrategy
 
 DEFAULT_BUCKET_MIB = 25.0
@@ -67,6 +68,8 @@ class ShardedServerStrategy(CollectiveStrategy):
                 "--trainer.precision 16-mixed does not work with --trainer.strategy sharded_server: a loss scaler "
                 "would look at one rank's gradients only; use bf16-mixed"
             )
+        if self.options["share_parameters"]:
+            refuse_averaging(trainer, "--trainer.strategy.share_parameters", "leave it out")
         super().setup(trainer)
 
     @override

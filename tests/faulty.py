@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,18 +13,34 @@ import torch
 from torch.utils.data import DataLoader
 from training import Mlp, make_data
 
+from gradsync.comm.server.collective import CollectivePeers
+
+KILLED_AT = "killed at monotonic second "
+
+
+def _process_of(local_rank: int) -> int:
+    """A process of this run on this host: started beside this one, or the one that started it."""
+    siblings = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
+    for pid in siblings:
+        if f"LOCAL_RANK={local_rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return int(pid)
+    return os.getppid()
+
 
 class FaultyMlp(Mlp):
     """Does what ``fault`` says in training step ``at_step`` of the process with ``LOCAL_RANK == process``.
 
     Args:
-        fault: ``raise``, ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``memory`` or ``none``.
+        fault: ``raise``, ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``memory``, ``kill_server``, ``kill_in_exchange``
+            (SIGKILL after the step was announced to the parameter server, before its gradients are there) or ``none``.
         process: Rank among all processes, the parameter server's included.
         at_step: Training step, from 0.
+        server: The one to kill, by SIGKILL, under ``kill_server``.
     """
 
-    def __init__(self, fault: str = "none", process: int = 1, at_step: int = 3) -> None:
+    def __init__(self, fault: str = "none", process: int = 1, at_step: int = 3, server: int = 0) -> None:
         super().__init__()
+        self.server = server
         self.fault, self.process, self.at_step = fault, process, at_step
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
@@ -35,7 +53,20 @@ class FaultyMlp(Mlp):
             raise ArithmeticError("boom in training")
         if self.fault == "memory":
             torch.empty(2**60)
+        if self.fault == "kill_in_exchange":
+            CollectivePeers.push_pull = self._kill  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        if self.fault == "kill_server":
+            print(f"{KILLED_AT}{time.monotonic()}", flush=True)
+            os.kill(_process_of(self.server), signal.SIGKILL)
+            return
         os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
+
+    @staticmethod
+    def _kill(*_: Any) -> None:
+        time.sleep(0.5)  # by now the others wait in the collective
+        print(f"{KILLED_AT}{time.monotonic()}", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class TinyData(pl.LightningDataModule):

@@ -30,11 +30,15 @@ ROWS = {
     "sharded_server",
     "sharded_server_sharing",
     "parameter_server",
+    "parameter_server_sharing",
     "two_servers",
     "parameter_server_tcp",
     "naive",
     "no_communication",
+    "no_communication_keeping_memory",
 }
+SERVED = {"parameter_server", "parameter_server_sharing", "two_servers", "parameter_server_tcp", "naive"}
+ALONE = {"no_communication", "no_communication_keeping_memory"}
 TINY = "--arch shufflenet_v2_x0_5 --image-size 32 --batch-size 2 --rounds 1 --steps 2 --warmup 1"
 
 
@@ -76,9 +80,7 @@ def test_step_measures_every_row(tmp_path: Path) -> None:
     assert result["settings"]["failed"] == {}
     assert result["rows"].keys() == ROWS
     for name, metrics in result["rows"].items():
-        served = (
-            {"server_cpu_ms"} if name in ("parameter_server", "two_servers", "parameter_server_tcp", "naive") else set()
-        )
+        served = {"server_cpu_ms"} if name in SERVED else set()
         ratios = {"ratio_to_ddp", "ratio_to_no_communication"}
         assert metrics.keys() == {"images_per_s", "step_ms", "cpu_ms", "page_faults"} | ratios | served
         for spread in metrics.values():
@@ -87,7 +89,34 @@ def test_step_measures_every_row(tmp_path: Path) -> None:
         assert name in done.stdout
     assert result["rows"]["ddp"]["ratio_to_ddp"]["median"] == 1
     equal = next(line for line in done.stdout.splitlines() if line.startswith("Weights"))
-    assert all(name in equal for name in ROWS - {"ddp", "no_communication"})
+    assert all(name in equal for name in ROWS - ALONE - {"ddp"})
+
+
+def test_monitor_measures_what_watching_takes(tmp_path: Path) -> None:
+    arguments = [*TINY.split(), "--strategies", "ddp,parameter_server", "--json", str(tmp_path / "monitor.json")]
+    done = run_script("monitor.py", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "monitor.json").read_text())
+    assert result["settings"]["failed"] == {}
+    assert result["rows"].keys() == {"ddp", "parameter_server"}
+    for metrics in result["rows"].values():
+        assert metrics.keys() == {"images_per_s", "step_ms", "observing_ms", "share_pct", "ratio_to_unobserved"}
+        assert 0 < metrics["share_pct"]["median"] < 100
+
+
+def test_exposure_compares_with_the_wall_clock_and_writes_the_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    marks = ("<!-- exposure table: benchmarks/exposure.py writes it -->", "<!-- end of exposure table -->")
+    page.write_text("\n".join(marks))
+    rows = "ddp,native,sharded_server,parameter_server"
+    tiny = f"--layers 2 --rounds 1 --steps 2 --warmup 1 --rows {rows} --markdown {page}"
+    done = run_script("exposure.py", *tiny.split(), "--json", str(tmp_path / "exposure.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "exposure.json").read_text())
+    assert result["settings"]["failed"] == {}
+    assert list(result["rows"]) == rows.split(",")
+    assert all(metrics["exposed_ms"]["median"] > 0 for metrics in result["rows"].values())
+    assert all(f"| `{name}` |" in page.read_text() for name in result["rows"])
 
 
 def test_sync_measures_every_algorithm_and_checks_its_sum(tmp_path: Path) -> None:

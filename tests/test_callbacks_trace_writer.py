@@ -35,6 +35,8 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("parameter_server", 3, {}),
     ("parameter_server", 3, {"transport": "tcp", "part_mib": 0.001}),
     ("parameter_server", 3, {"transport": "naive"}),
+    ("parameter_server", 3, {"transport": "collective"}),
+    ("parameter_server", 3, {"wire_dtype": "bf16"}),
     ("parameter_server", 3, {"mode": "async"}),
     ("parameter_server", 4, {"servers": 2}),
 ]
@@ -122,7 +124,7 @@ def test_what_server_and_workers_did_is_in_order_on_one_clock(options: dict[str,
                 assert any(push["ts"] < end(event) < end(exchange) for event in server.named("receive"))
 
 
-@pytest.mark.parametrize(("strategy", "processes", "options"), [CASES[1], CASES[7], CASES[9]], ids=str)
+@pytest.mark.parametrize(("strategy", "processes", "options"), [CASES[1], CASES[7], CASES[11]], ids=str)
 def test_slices_of_a_row_lie_within_each_other_or_apart(
     strategy: str, processes: int, options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -292,7 +292,7 @@ def test_new_parameter_groups_are_refused_with_a_remedy(one_worker: _World) -> N
     client = one_worker.client(0, named)
     client.start()
     optimizer = RemoteOptimizer(_sgd(named), client, 0)
-    with pytest.raises(ValueError, match="manual_allreduce"):
+    with pytest.raises(ValueError, match="pass `growth`"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     client.bye()
 

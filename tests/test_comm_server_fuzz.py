@@ -18,6 +18,8 @@ from gradsync.comm.server.protocol import Kind, Message, table_of
 
 PART_MIB = 0.001
 NUM_WORKERS = 2
+WIRE_DTYPES = {"sync": None, "sync in bfloat16": torch.bfloat16, "async": None}
+"""Kinds of servers, and in which dtype gradients and parameters travel."""
 NUM_CASES = 400
 JUNK: list[Any] = [None, True, -1, 0, 2**70, 1e308, "", "norm", [], [[]], {}, {"items": 3}, [[True, 1]], {"dtype": 0}]
 Frames = list[Any]
@@ -41,25 +43,40 @@ def _zeros() -> list[tuple[str, torch.Tensor]]:
 def _make(kind: str, wire: Any) -> tuple[ParameterServer, list[tuple[str, torch.Tensor]]]:
     named = _zeros()
     optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
-    common = (wire, [optimizer], [named], NUM_WORKERS, 60.0, PART_MIB, lambda: None, lambda _: None)
-    return (SyncServer(*common) if kind == "sync" else AsyncServer(*common)), named
+    every = [*named, _joins()]
+    common = (wire, [optimizer], [named], NUM_WORKERS, 60.0, PART_MIB, lambda: None, lambda _: None, False)
+    made = (AsyncServer if kind == "async" else SyncServer)(*common, WIRE_DTYPES[kind], dict(every))
+    return made, every
 
 
-def _conversation(num_steps: int = 2) -> list[tuple[int, Message]]:
+def _joins() -> tuple[str, torch.Tensor]:
+    return "late", torch.nn.Parameter(torch.zeros(20))
+
+
+def _conversation(wire_dtype: torch.dtype | None, num_steps: int = 2) -> list[tuple[int, Message]]:
     """What two well-behaved workers send. Gradients are -1, so a step adds 1 to every parameter."""
     named = _zeros()
     layout = Layout([p for _, p in named], PART_MIB)
     parts = list(layout.all_parts())
-    hello = Message(Kind.HELLO, info={"tables": [table_of(named)], "memory": None})
+    hello = Message(Kind.HELLO, info={"tables": [table_of(named, wire_dtype)], "memory": None})
     talk = [(worker, hello) for worker in range(NUM_WORKERS)]
     talk += [(0, Message(Kind.INIT, 0, b.index(), n, payload=_bytes(0.0, e - s))) for b, n, s, e in parts]
+    row = [*table_of([_joins()])[0][:5], 0, 20]
+    grow = {"unfrozen": [], "groups": [{"settings": {"lr": 1.0}, "rows": [row]}], "memory": None}
+    talk += [(worker, Message(Kind.GROW, 0, info=grow, payload=_bytes(0.0, 20))) for worker in range(NUM_WORKERS)]
+    layout.extend([_joins()[1]])
+    parts = list(layout.all_parts())
     used = [[True] * len(bucket.parameters()) for bucket in layout.buckets]
     for step in range(num_steps):
-        info = {"used": used, "groups": [{"lr": 1.0}], "clip": {"algorithm": None, "value": 0.0}, "sequence": step + 1}
+        groups = [{"lr": 1.0}, {"lr": 1.0}]
+        info = {"used": used, "groups": groups, "clip": {"algorithm": None, "value": 0.0}, "sequence": step + 1}
         for worker in range(NUM_WORKERS):
             talk.append((worker, Message(Kind.STEP, 0, info=info)))
-            talk += [(worker, Message(Kind.PUSH, 0, b.index(), n, payload=_bytes(-1.0, e - s))) for b, n, s, e in parts]
-    state, payload = pack_tree(torch.optim.SGD([p for _, p in named], lr=1.0).state_dict())
+            for b, part, start, end in parts:
+                gradient = _bytes(-1.0, end - start, wire_dtype)
+                talk.append((worker, Message(Kind.PUSH, 0, b.index(), part, payload=gradient)))
+    optimizer = torch.optim.SGD([{"params": [p for _, p in named]}, {"params": [_joins()[1]]}], lr=1.0)
+    state, payload = pack_tree(optimizer.state_dict())
     talk += [(0, Message(Kind.SET_STATE, 0, info=state, payload=payload)), (0, Message(Kind.GET_STATE, 0))]
     talk += [(1, Message(Kind.FETCH, 0)), (0, Message(Kind.FETCH, 0))]
     tree, payload = pack_tree({"buffer": torch.ones(3)})
@@ -67,12 +84,13 @@ def _conversation(num_steps: int = 2) -> list[tuple[int, Message]]:
     return talk
 
 
-def _bytes(value: float, numel: int) -> bytes:
-    return bytes(tensor_bytes(torch.full((numel,), value)))
+def _bytes(value: float, numel: int, dtype: torch.dtype | None = None) -> bytes:
+    return bytes(tensor_bytes(torch.full((numel,), value, dtype=dtype or torch.float32)))
 
 
-def _frames() -> list[Frames]:
-    return [[str(worker).encode(), *map(bytes, message.frames())] for worker, message in _conversation()]
+def _frames(kind: str) -> list[Frames]:
+    talk = _conversation(WIRE_DTYPES[kind])
+    return [[str(worker).encode(), *map(bytes, message.frames())] for worker, message in talk]
 
 
 # -- what goes wrong: each changes the conversation at a random place ---------------------------------------------
@@ -151,33 +169,105 @@ def _run(kind: str, talk: list[Frames]) -> tuple[Exception | None, torch.Tensor]
     return failure, torch.cat([p.detach().reshape(-1) for _, p in named])
 
 
-@pytest.mark.parametrize(("kind", "num_steps"), [("sync", 2), ("async", 4)])
+@pytest.mark.parametrize(("kind", "num_steps"), [("sync", 2), ("sync in bfloat16", 2), ("async", 4)])
 def test_a_conversation_without_faults_is_served(kind: str, num_steps: int) -> None:
-    failure, values = _run(kind, _frames())
+    failure, values = _run(kind, _frames(kind))
     assert failure is None
     assert values.unique().tolist() == [num_steps]
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", WIRE_DTYPES)
 def test_whatever_a_worker_sends_the_error_is_named_and_no_step_is_done_by_halves(kind: str, mutate: Any) -> None:
     refused = 0
     for seed in range(NUM_CASES // 10):
         rng = random.Random(f"{mutate.__name__} {seed}")
-        talk = _frames()
+        talk = _frames(kind)
         mutate(talk, rng.randrange(len(talk)), rng)
         failure, values = _run(kind, talk)
         assert failure is None or str(failure), seed
         refused += failure is not None
         if kind == "async":  # sync steps bucket by bucket as they become complete
-            assert values.unique().numel() == 1, seed
+            for group in values.split([1240, 20]):  # a malformed learning rate may be a valid one, of its group
+                assert group.unique().numel() == 1, seed
         assert all(value == int(value) and 0 <= value <= 8 for value in values.unique().tolist()), seed
     assert mutate is _drop or refused > 0, "or the mutation does nothing"
 
 
 def test_values_to_start_from_are_refused_once_training_has_begun() -> None:
-    talk = _frames()
+    talk = _frames("async")
     talk.insert(-4, next(frames for frames in talk if frames[1][0] == Kind.INIT))
     failure, values = _run("async", talk)
     assert "INIT after the workers were welcomed" in str(failure)
     assert values.unique().tolist() == [4]
+
+
+# -- phase: grow ---------------------------------------------------------------------------------------------------
+
+
+def _with_other_growth(change: Callable[[dict[str, Any]], None], which: int = 0) -> list[Frames]:
+    talk = _frames("async")
+    at = [index for index, frames in enumerate(talk) if frames[1][0] == Kind.GROW][which]
+    request = json.loads(talk[at][2])
+    change(request)
+    talk[at][2] = json.dumps(request).encode()
+    return talk
+
+
+def _set_row(index: int, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda request: request["groups"][0]["rows"][0].__setitem__(index, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_set_row(0, "unknown"), "'unknown' join, which the server's optimizer cannot take in"),
+        (_set_row(0, "w"), "'w' join, which the server's optimizer cannot take in"),
+        (_set_row(1, [21]), "the server has"),
+        (_set_row(6, 21), "elements 0 to 21 of 'late'"),
+        (_set_row(5, -1), "elements -1 to 20 of 'late'"),
+        (_set_row(6, 10), "sends 80 bytes for what joins, expected 40"),
+        (_set_row(4, False), "expected 0"),
+        (_set_row(5, 10.5), "malformed 'groups'"),
+        (lambda r: r["groups"][0]["rows"].append(r["groups"][0]["rows"][0]), "lets a parameter join twice"),
+        (lambda r: r["groups"][0]["settings"].update(lr="fast"), "'lr' of another type"),
+        (lambda r: r["unfrozen"].append(r["groups"].pop()["rows"][0]), "'late' join, which"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_what_cannot_join_is_refused_and_changes_nothing(kind: str, change: Any, text: str) -> None:
+    failure, values = _run(kind, _with_other_growth(change))
+    assert isinstance(failure, ProtocolError)
+    assert text in str(failure)
+    assert values.unique().tolist() == [0]
+
+
+def test_workers_must_ask_for_the_same() -> None:
+    failure, _ = _run("async", _with_other_growth(lambda r: r["groups"][0]["settings"].update(lr=0.5), which=1))
+    assert "worker 1 unfreezes other parameters, or with other settings, than another worker did (late)" in str(failure)
+
+
+def test_in_async_mode_a_worker_may_go_on_with_what_it_knows() -> None:
+    """Worker 1 asks after two steps of its own, and the end is as if it had asked at once."""
+    talk = _frames("async")
+    at = [index for index, frames in enumerate(talk) if frames[1][0] == Kind.GROW][1]
+    late = talk.pop(at)
+    steps = [index for index, frames in enumerate(talk) if frames[0] == b"1" and frames[1][0] == Kind.STEP]
+    for index in steps:
+        info = json.loads(talk[index][2])
+        talk[index][2] = json.dumps({**info, "used": info["used"][:-1], "groups": info["groups"][:1]}).encode()
+    last = len(json.loads(talk[steps[0]][2])["used"])
+    talk = [f for f in talk if not (f[0] == b"1" and f[1][0] == Kind.PUSH and f[1][2] == last)]
+    talk.insert(len(talk) - 2, late)
+    failure, values = _run("async", talk)
+    assert failure is None
+    assert values.split([1240, 20])[0].unique().tolist() == [4]
+    assert values[1240:].unique().tolist() == [2]
+
+
+def test_in_sync_mode_nobody_steps_without_what_others_have_unfrozen() -> None:
+    talk = _frames("async")
+    del talk[[index for index, frames in enumerate(talk) if frames[1][0] == Kind.GROW][1]]
+    failure, values = _run("sync", talk)
+    assert "worker 1 steps without 'late', which another worker has unfrozen" in str(failure)
+    assert values.unique().tolist() == [0]

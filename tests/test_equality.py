@@ -11,6 +11,7 @@ from training import num_processes, train, trainers_only
 
 OURS = ["manual_allreduce", "parameter_server", "sharded_server"]
 
+EPOCHS = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 10}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": ({}, {}),
     "accumulation": ({}, {"accumulate_grad_batches": 3}),
@@ -22,6 +23,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bf16_mixed": ({"batch_norm": True}, {"precision": "bf16-mixed"}),
     "adamw_clip_steplr": ({"optimizer": "adamw"}, {"gradient_clip_val": 0.1}),
     "two_optimizers": ("two_optimizers", {}),
+    "incomplete_window": ({"optimizer": "adamw"}, {"accumulate_grad_batches": 4, **EPOCHS}),
+    "two_schedules": ("two_schedules", EPOCHS),
 }
 
 _references: dict[Any, list[dict[str, torch.Tensor]]] = {}
@@ -97,11 +100,15 @@ def test_every_way_to_all_reduce_gives_the_same_bits(options: dict[str, Any]) ->
     "options",
     [
         *({"transport": "naive"}, {"transport": "tcp"}, {"transport": "ipc"}, {"part_mib": 0.001}),
+        *({"transport": "collective"}, {"transport": "collective", "part_mib": 0.001}),
         *({"share_parameters": True}, {"share_parameters": True, "part_mib": 0.001}),
     ],
-    ids=["naive", "tcp", "ipc", "tiny_parts", "in_place", "in_place_tiny_parts"],
+    ids=[
+        *("naive", "tcp", "ipc", "tiny_parts", "collective", "collective_tiny_parts"),
+        *("in_place", "in_place_tiny_parts"),
+    ],
 )
-@pytest.mark.parametrize("case", ["plain", "clip_norm"])
+@pytest.mark.parametrize("case", ["plain", "clip_norm", "two_optimizers"])
 def test_every_transport_gives_the_same_bits(options: dict[str, Any], case: str) -> None:
     _assert_bitwise(_ours("parameter_server", case, 2, **options)[1], _ddp(case, 2)[0])
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import gradsync, tiny_fit
+from commands import Ended, gradsync, run_command, tiny_fit
+from faulty import KILLED_AT
 
 RUNS = {"ddp": 2, "manual_allreduce": 2, "parameter_server": 3, "sharded_server": 2}
 
@@ -43,9 +49,13 @@ def test_out_of_memory_names_the_batch_size_flag(tmp_path: Path) -> None:
     assert "Traceback" not in ended.output
 
 
-@pytest.mark.parametrize("strategy", ["manual_allreduce", "parameter_server", "sharded_server"])
+@pytest.mark.parametrize(
+    "strategy", ["manual_allreduce", "parameter_server", "parameter_server collective", "sharded_server"]
+)
 def test_a_silent_process_is_named_with_the_flag_that_raises_the_limit(strategy: str, tmp_path: Path) -> None:
+    strategy, _, transport = strategy.partition(" ")
     arguments = [*tiny_fit(strategy, RUNS[strategy], fault="stop", process=RUNS[strategy] - 1)]
+    arguments += ["--trainer.strategy.transport", transport] if transport else []
     ended = gradsync(*arguments, "--trainer.strategy.step_timeout_s", "6", cwd=tmp_path)
     assert ended.code not in (0, None), ended.output
     assert "--trainer.strategy.step_timeout_s" in ended.output
@@ -59,6 +69,7 @@ def test_a_silent_process_is_named_with_the_flag_that_raises_the_limit(strategy:
         (["mode=async"], 2, "worker 1 was killed by SIGKILL"),
         (["mode=bounded", "transport=tcp"], 1, "worker 0 was killed by SIGKILL"),
         (["servers=2"], 3, "worker 1 was killed by SIGKILL"),
+        (["transport=collective"], 2, "worker 1 was killed by SIGKILL"),
     ],
 )
 def test_a_killed_worker_is_named_in_every_mode(options: list[str], process: int, named: str, tmp_path: Path) -> None:
@@ -66,4 +77,66 @@ def test_a_killed_worker_is_named_in_every_mode(options: list[str], process: int
     ended = gradsync(*arguments, *(f"--trainer.strategy.{option}" for option in options), cwd=tmp_path)
     assert ended.code not in (0, None), ended.output
     assert named in ended.output
+    assert not ended.orphans
+
+
+def _seconds_since_the_kill(ended: Ended) -> float:
+    at = next((line for line in ended.output.splitlines() if KILLED_AT in line), None)
+    assert at is not None, ended.output
+    return time.monotonic() - float(at.partition(KILLED_AT)[2])
+
+
+def _bound_s() -> float:
+    """How long after a kill all may be out: 6 s, and three times as long on a busy machine."""
+    return 6.0 if os.getloadavg()[0] < 3 else 18.0
+
+
+@pytest.mark.parametrize("process", [1, 3])
+def test_a_worker_killed_within_a_collective_is_named_at_once(process: int, tmp_path: Path) -> None:
+    arguments = tiny_fit("parameter_server", 4, fault="kill_in_exchange", process=process, at_step=1)
+    ended = gradsync(*arguments, "--trainer.strategy.transport", "collective", cwd=tmp_path)
+    assert ended.code not in (0, None), ended.output
+    assert f"worker {process - 1} was killed by SIGKILL" in ended.output
+    assert _seconds_since_the_kill(ended) < _bound_s()  # the group's own limit is step_timeout_s, 300
+    assert not ended.orphans
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The run's own temporary folder, short enough for Unix sockets: other runs on the machine have theirs."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+_KILLED_SERVERS = [
+    ([], 0),
+    (["mode=async", "transport=ipc"], 0),
+    (["servers=2", "transport=tcp"], 1),
+    (["servers=2", "mode=bounded"], 0),
+]
+
+
+@pytest.mark.parametrize(("options", "server"), _KILLED_SERVERS)
+def test_a_killed_server_is_named_and_ends_all(
+    options: list[str], server: int, tmp_path: Path, temporary: Path
+) -> None:
+    faults = {"fault": "kill_server", "process": 3, "at_step": 1, "server": server}
+    arguments = tiny_fit("parameter_server", 4, **faults)
+    ended = gradsync(*arguments, *(f"--trainer.strategy.{option}" for option in options), cwd=tmp_path)
+    assert _seconds_since_the_kill(ended) < _bound_s()
+    assert ended.code not in (0, None), ended.output
+    assert ended.output.count(f"server {server} was killed") == 1, ended.output
+    assert not ended.orphans
+    assert not list(temporary.glob("gradsync-*"))
+
+
+def test_a_killed_server_ends_all_under_torchrun(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    fit = tiny_fit("parameter_server", 3, fault="kill_server", process=2, at_step=1, server=0)
+    at = fit.index("--trainer.devices")
+    del fit[at : at + 2]
+    ended = run_command([*torchrun, "-m", "gradsync", *fit], tmp_path)
+    assert _seconds_since_the_kill(ended) < _bound_s(), ended.output
+    assert ended.code not in (0, None), ended.output
     assert not ended.orphans

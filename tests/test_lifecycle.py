@@ -71,14 +71,14 @@ def test_the_server_process_knows_the_checkpoint_of_worker_zero(tmp_path: Path) 
     assert {path for _, path in results} == {str(tmp_path / "epoch=0.ckpt")}
 
 
-def _fit_twice_then_test(rank: int, strategy: str, devices: int) -> Any:
+def _fit_twice_then_test(rank: int, strategy: str, devices: int, options: dict[str, Any] | None = None) -> Any:
     quiet()
     pl.seed_everything(3, verbose=False)
     module = Mlp(batch_norm=True)
     loader = DataLoader(make_data(160), batch_size=8)
-    trainer = make_trainer(make_strategy(strategy), devices, max_steps=5)
+    trainer = make_trainer(make_strategy(strategy, options), devices, max_steps=5)
     trainer.fit(module, loader)
-    again = make_trainer(make_strategy(strategy), devices, max_steps=8)
+    again = make_trainer(make_strategy(strategy, options), devices, max_steps=8)
     again.fit(module, loader)
     tested = again.test(module, loader, verbose=False)
     validated = again.validate(module, loader, verbose=False)
@@ -93,6 +93,13 @@ def test_several_fits_then_test_in_one_script(strategy: str) -> None:
     for _, tested, validated in ours:  # the server's process gets worker 0's results
         assert tested[0]["val/loss"] == pytest.approx(reference[0][1][0]["val/loss"], rel=1e-6)
         assert tested == validated
+
+
+@pytest.mark.parametrize("options", [{"transport": "collective"}, {"wire_dtype": "bfloat16"}])
+def test_several_fits_with_other_ways_of_travelling(options: dict[str, Any]) -> None:
+    ours = _run("parameter_server", _fit_twice_then_test, options)
+    _assert_same(ours[0][0], ours[1][0])
+    assert all(tested == validated == ours[0][1] for _, tested, validated in ours)
 
 
 def _ranks_seen(rank: int, strategy: str, devices: int) -> Any:

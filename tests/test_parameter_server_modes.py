@@ -107,6 +107,56 @@ def test_metrics_are_gathered_over_all_workers_without_a_group() -> None:
         assert state["metrics"]["val/labels"] == 20 * (1 + 2 + 3)  # 60 batches over 3 workers
 
 
+class Evaluated(Mlp):
+    """Metrics of two kinds, and predictions."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=True)
+        self.accuracy = MulticlassAccuracy(NUM_CLASSES, average="micro")
+        self.labels = CatMetric()
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        super().validation_step(batch, index)
+        self.accuracy.update(self.net(batch[0]), batch[1])
+        self.labels.update(batch[1])
+        self.log("top1", self.accuracy)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("labels", float(self.labels.compute().sum()))
+        self.labels.reset()
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: Any, index: int) -> torch.Tensor:
+        return self.net(batch[0]).argmax(1)
+
+
+def _evaluate(rank: int, strategy: str, processes: int, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    quiet()
+    pl.seed_everything(1, verbose=False)
+    module, loader = Evaluated(), DataLoader(make_data(), batch_size=8)
+    runner = make_trainer(make_strategy(strategy, options), processes)
+    return (
+        runner.validate(module, loader, verbose=False),
+        runner.test(module, loader, verbose=False),
+        runner.predict(module, loader),
+    )
+
+
+@pytest.mark.parametrize("options", [{"mode": "sync"}, {"mode": "async"}, {"mode": "sync", "servers": 2}])
+def test_evaluation_and_prediction_are_those_of_ddp(options: dict[str, Any]) -> None:
+    servers = options.get("servers", 1)
+    processes = 2 + servers
+    ours = run_distributed(_evaluate, processes, "parameter_server", processes, options)
+    reference = run_distributed(_evaluate, 2, "ddp", 2, {})
+    for (validated, tested, predicted), (*metrics, expected) in zip(ours[servers:], reference, strict=True):
+        assert [validated, tested] == metrics
+        assert all(torch.equal(a, b) for a, b in zip(predicted, expected, strict=True))
+    assert ours[0][:2] == reference[0][:2]  # the process that was started knows the metrics
+
+
 def test_a_recorded_run_is_repeated_to_the_bit(tmp_path: Path) -> None:
     schedule = tmp_path / "schedule.json"
     first = _run(3, {"mode": "async", "record_schedule": schedule}, 3)
@@ -208,7 +258,13 @@ def test_parameters_are_spread_evenly_and_cut_only_where_that_is_exact() -> None
         ({"staleness_correction": True}, "staleness_correction needs --trainer.strategy.mode async or bounded"),
         ({"share_parameters": True, "transport": "ipc"}, "share_parameters needs --trainer.strategy.transport shared"),
         ({"share_parameters": True, "mode": "async"}, "share_parameters needs --trainer.strategy.mode sync"),
+        ({"share_parameters": True, "wire_dtype": "bfloat16"}, "leave out --trainer.strategy.wire_dtype bfloat16"),
         ({"mode": "async", "transport": "naive"}, "transport naive knows the mode sync only"),
+        ({"servers": 2, "transport": "collective"}, "transport collective knows one server only"),
+        ({"mode": "bounded", "transport": "collective"}, "transport collective knows the mode sync only"),
+        ({"wire_dtype": "float8"}, "wire_dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ({"wire_dtype": "bfloat16", "transport": "naive"}, "wire_dtype needs .*: naive sends tensors as they are"),
+        ({"wire_dtype": "bfloat16", "transport": "collective"}, "wire_dtype needs .*: collective sends tensors as"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(options: dict[str, Any], text: str) -> None:

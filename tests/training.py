@@ -74,6 +74,31 @@ class TwoOptimizers(Mlp):
             optimizer.step()
 
 
+class TwoSchedules(TwoOptimizers):
+    """With a schedule each, clipping by value by hand, and a window of three batches whose last one is incomplete."""
+
+    def configure_optimizers(self) -> Any:
+        optimizers = super().configure_optimizers()
+        return list(optimizers), [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) for optimizer in optimizers]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        is_last = index % 3 == 2 or self.trainer.is_last_batch
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        if not is_last:
+            with self.trainer.strategy.block_backward_sync():
+                return self.manual_backward(loss)
+        self.manual_backward(loss)
+        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+            self.clip_gradients(optimizer, 0.01, "value")
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        return None
+
+
+MODULES = {"two_optimizers": TwoOptimizers, "two_schedules": TwoSchedules}
+
+
 def make_data(num: int = 480) -> TensorDataset:
     generator = torch.Generator().manual_seed(7)
     labels = torch.randint(0, NUM_CLASSES, (num,), generator=generator)
@@ -118,7 +143,7 @@ def train(
     """Fit and return the state dict this process ends with, and its validation metrics."""
     quiet()
     pl.seed_everything(1, verbose=False)
-    module = TwoOptimizers() if model == "two_optimizers" else Mlp(**(model or {}))
+    module = MODULES[model]() if isinstance(model, str) else Mlp(**(model or {}))
     runner = make_trainer(make_strategy(strategy, strategy_options), devices, **(trainer or {}))
     loader = DataLoader(make_data(), batch_size=batch_size)
     runner.fit(module, loader, loader if validate else None, ckpt_path=ckpt_path)

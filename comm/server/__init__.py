@@ -4,12 +4,15 @@ from .async_server import AsyncServer
 from .client import ServerFailed, WorkerClient
 from .protocol import ProtocolError
 from .remote_optimizer import RemoteOptimizer
-from .server import ParameterServer, ServerStatistics, WorkerFailed
+from .server import ParameterServer, WorkerFailed
 from .servers_client import ServersClient
+from .statistics import Interval, ServerStatistics, WorkerFigures
 from .sync_server import SyncServer
+from .worker_growth import WorkerGrowth
 
 __all__ = [
     "AsyncServer",
+    "Interval",
     "ParameterServer",
     "ProtocolError",
     "RemoteOptimizer",
@@ -19,4 +22,6 @@ __all__ = [
     "SyncServer",
     "WorkerClient",
     "WorkerFailed",
+    "WorkerFigures",
+    "WorkerGrowth",
 ]

@@ -14,7 +14,7 @@ from typing_extensions import override
 from ..buckets import Bucket, BufferSpec
 from ..optimizers import steps_per_tensor
 from ..packing import tensor_from
-from .naive import NaivePeers
+from .peers import Peers, Watch
 from .protocol import ProtocolError
 from .served import ServedOptimizer
 
@@ -27,7 +27,7 @@ class Aggregator(ServedOptimizer):
     order whatever the order of arrival, so equal runs give equal bits.
 
     Args:
-        are_scaled: Workers have divided their gradients already.
+        are_scaled: Workers have divided their gradients already, but for those that they had to round.
         See :class:`.ServedOptimizer` for the others.
     """
 
@@ -38,10 +38,11 @@ class Aggregator(ServedOptimizer):
         num_workers: int,
         part_mib: float,
         allocate: Callable[[list[BufferSpec]], list[Tensor]] | None = None,
+        wire_dtype: torch.dtype | None = None,
         are_scaled: bool = False,
     ) -> None:
-        super().__init__(optimizer, parameters, num_workers, part_mib, allocate)
-        self._scale = 1.0 if are_scaled else 1.0 / num_workers
+        super().__init__(optimizer, parameters, num_workers, part_mib, allocate, wire_dtype)
+        self._are_scaled = are_scaled
         self.reset()
 
     def reset(self) -> None:
@@ -124,9 +125,10 @@ class Aggregator(ServedOptimizer):
         return bool(self._pushers(bucket))
 
     def _sum_of(self, bucket: Bucket) -> Bucket:
-        """Where the sum of ``bucket`` is made: in shared memory, where the first worker has pushed it."""
+        """Where the sum of ``bucket`` is made: in shared memory, where the first worker has pushed it unrounded."""
         pushers = self._pushers(bucket)
-        return self._shared[pushers[0]][bucket.index()] if self._shared and pushers else bucket
+        in_place = self._shared and pushers and not self.layout.is_narrowed(bucket)
+        return self._shared[pushers[0]][bucket.index()] if in_place else bucket
 
     @torch.no_grad()
     def _reduce(self, bucket: Bucket) -> None:
@@ -140,36 +142,37 @@ class Aggregator(ServedOptimizer):
             if not pushers or len(frames) < len(pushers):
                 continue
             out = self._sum_of(bucket).buffer()[start:end]
+            terms = [tensor_from(frames[worker], self.layout.specs[bucket.index()].dtype) for worker in pushers]
+            # widened first: a product with a Python number is rounded to the dtype of the tensor
             with self.tracer.part("reduce", bucket=bucket.index(), part=part):
-                self._sum([tensor_from(frames[worker], out.dtype).to(out.device) for worker in pushers], out)
+                self._sum([term.to(out) for term in terms], out, self._scale(bucket))
             del self._frames[bucket.index(), part]
             self._open[bucket.index()] -= 1
         self.reduce_ms += (time.perf_counter_ns() - start_ns) / 1e6
 
-    def _sum(self, terms: list[Tensor], out: Tensor) -> None:
+    def _scale(self, bucket: Bucket) -> float:
+        return 1.0 if self._are_scaled and not self.layout.is_narrowed(bucket) else 1.0 / self._num_workers
+
+    @staticmethod
+    def _sum(terms: list[Tensor], out: Tensor, scale: float) -> None:
         """``out``, which may be the first of ``terms``, becomes their scaled sum in their order."""
         first, *others = terms
         if first.data_ptr() != out.data_ptr():
-            torch.mul(first, self._scale, out=out)
+            torch.mul(first, scale, out=out)
         for term in others:
-            out.add_(term, alpha=self._scale)
+            out.add_(term, alpha=scale)
 
     def _flags(self, bucket: Bucket) -> list[bool]:
         """Per parameter of ``bucket``: whether any worker used it."""
         return [any(column) for column in zip(*(used[bucket.index()] for used in self._used.values()), strict=True)]
 
-    def step_naively(self, peers: NaivePeers) -> int:
-        """Do the whole step over the naive transport (see there); returns the bytes."""
-        parameters = [p for bucket in self.layout.buckets for p in bucket.parameters()]
-        num_bytes = peers.serve(parameters, self._step_used)
+    def step_with(self, peers: Peers, watch: Watch) -> int:
+        """Do the whole step without the socket; returns the bytes."""
+        num_bytes = peers.collect(self.layout.buckets, watch)
+        for _ in self._step_all():
+            pass
         self._open.clear()
-        return num_bytes
-
-    def _step_used(self) -> None:
-        for bucket in self.layout.buckets:
-            for parameter, used in zip(bucket.parameters(), self._flags(bucket), strict=True):
-                parameter.grad = parameter.grad if used else None
-        self._step(self._info["clip"])
+        return num_bytes + peers.distribute(self._values, watch)
 
     def _step_all(self) -> Iterator[tuple[Bucket, bool]]:
         for bucket in self.layout.buckets:

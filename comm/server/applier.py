@@ -47,7 +47,7 @@ class Applier(ServedOptimizer):
 
     def _parts(self, used: list[list[bool]]) -> Iterator[tuple[Bucket, int]]:
         for bucket, part, _, _ in self.layout.all_parts():
-            if any(used[bucket.index()]):
+            if bucket.index() < len(used) and any(used[bucket.index()]):  # a worker may know of fewer buckets
                 yield bucket, part
 
     @override
@@ -82,12 +82,16 @@ class Applier(ServedOptimizer):
 
     def _gradients(self, worker: int, push: _Push) -> Iterator[Bucket]:
         """The buckets that have gradients."""
-        for bucket in self._shared.get(worker, self.layout.buckets):
-            if any(push.info["used"][bucket.index()]):
-                for part, (start, end) in enumerate(self.layout.parts(bucket) if worker not in self._shared else []):
-                    out = bucket.buffer()[start:end]
-                    out.copy_(tensor_from(push.frames[bucket.index(), part], out.dtype))
-                yield bucket
+        for bucket in self.buckets_of(worker):
+            if not any(push.info["used"][bucket.index()]):
+                continue
+            if worker in self._shared and not self.layout.is_narrowed(bucket):
+                yield self._shared[worker][bucket.index()]
+                continue
+            for part, (start, end) in enumerate(self.layout.parts(bucket)):
+                sent = tensor_from(push.frames[bucket.index(), part], self.layout.specs[bucket.index()].dtype)
+                bucket.buffer()[start:end].copy_(sent)
+            yield bucket
 
 
 def _scale_lr(group: dict[str, Any], factor: float) -> dict[str, Any]:

@@ -74,12 +74,25 @@ class AsyncServer(ParameterServer):
         part_mib: float,
         allocate: Callable[[list[BufferSpec]], list[Tensor]] | None,
     ) -> Applier:
-        return Applier(optimizer, parameters, self._num_workers, part_mib, allocate)
+        return Applier(optimizer, parameters, self._num_workers, part_mib, allocate, self._wire_dtype)
 
     @override
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
         super()._take_memory(worker, memory)
         self._inboxes[worker] = self._attach(memory.get("inbox", []))
+
+    @override
+    def _take_grown_memory(
+        self, worker: int, number: int, first: int, specs: list[BufferSpec], memory: dict[str, Any]
+    ) -> None:
+        super()._take_grown_memory(worker, number, first, specs, memory)
+        self._inboxes[worker][number] += self._attach_one(memory.get("inbox"), specs)
+
+    @override
+    def _grow(self, worker: int, message: Message) -> None:
+        if self._is_busy(worker):
+            raise ProtocolError(f"worker {worker} unfreezes parameters within a step")
+        super()._grow(worker, message)
 
     # -- phase: step -----------------------------------------------------------------------------------------
 
@@ -99,8 +112,7 @@ class AsyncServer(ParameterServer):
 
     @override
     def _push(self, worker: int, message: Message) -> None:
-        num_bytes = self._take_part(worker, message)
-        self.statistics.num_bytes += num_bytes
+        self.statistics.received_bytes += self._take_part(worker, message)
         self._apply_if_complete(worker, message.optimizer)
 
     def _apply_if_complete(self, worker: int, number: int) -> None:
@@ -122,10 +134,11 @@ class AsyncServer(ParameterServer):
         applier.apply(worker, 1.0 / (1 + staleness) if self._corrects_staleness else 1.0)
         self.clocks[worker] += 1
         self._on_apply(worker)
+        self.statistics.applied(worker, staleness)
         times = {"reduce_ms": applier.reduce_ms, "optimizer_ms": applier.optimizer_ms}
         self._parked[worker] = (number, {"receive_ms": receive_ms, "staleness": staleness, **times})
         self._release()
-        self._count_step({"receive_ms": receive_ms, **times}, staleness)
+        self._count_step({"receive_ms": receive_ms, **times})
 
     def _release(self) -> None:
         """Answer everybody who may go on."""
@@ -138,10 +151,11 @@ class AsyncServer(ParameterServer):
         self._waiting_since = time.monotonic() if self._parked else None
 
     def _answer(self, worker: int, number: int, times: dict[str, Any]) -> None:
-        for bucket in self.served[number].layout.buckets:  # others may have changed all of them
+        for bucket in self.served[number].buckets_of(worker):  # others may have changed all of them
             self._send_values(number, bucket, [worker])
         self._versions[worker][number] = self.served[number].version
         self._send(worker, Message(Kind.DONE, number, info={**times, "version": sum(self.clocks.values())}))
+        self.statistics.answered(worker, self._began_ns[worker])
 
     @override
     def _reply(self, worker: int, number: int, bucket_index: int, start: int, values: Tensor) -> Any:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .protocol import Kind, Message, ProtocolError
 
-_ROW = 5
-"""Entries of a tensor table's row: name, shape, stride, dtype, trainable."""
+_ROW = 6
+"""Entries of a tensor table's row: name, shape, stride, dtype, trainable, dtype on the wire."""
+_JOINING_ROW = (str, list, list, str, bool, int, int)
+"""Of what joins an optimizer: name, shape, stride, dtype, trainable, and the elements, from and to."""
 
 
 def check_fields(worker: int, message: Message) -> None:
@@ -27,9 +28,8 @@ def check_fields(worker: int, message: Message) -> None:
             raise ProtocolError(f"worker {worker} sends {message.kind.name} with a missing or malformed {name!r}")
 
 
-def check_settings(worker: int, groups: list[dict[str, Any]], optimizer: Optimizer) -> None:
-    """Raises ProtocolError unless ``groups`` are settings that the parameter groups of ``optimizer`` can take."""
-    own = optimizer.param_groups
+def check_settings(worker: int, groups: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """Raises ProtocolError unless ``groups`` are settings that the parameter groups ``own`` can take."""
     if len(groups) != len(own):
         raise ProtocolError(f"worker {worker} sends settings of {len(groups)} parameter groups, not {len(own)}")
     for group, settings in zip(own, groups, strict=True):
@@ -54,6 +54,14 @@ def _is_table(value: Any) -> bool:
     return _is_list_of(value, lambda row: isinstance(row, list) and len(row) == _ROW)
 
 
+def _is_joining(value: Any) -> bool:
+    return _is_list_of(value, lambda row: isinstance(row, list) and tuple(map(type, row)) == _JOINING_ROW)
+
+
+def _is_new_group(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("settings"), dict) and _is_joining(value.get("rows"))
+
+
 def _is_clip(value: Any) -> bool:
     return (
         isinstance(value, dict)
@@ -72,6 +80,11 @@ _FIELDS: dict[Kind, dict[str, Callable[[Any], bool]]] = {
         "groups": lambda value: _is_list_of(value, lambda group: isinstance(group, dict)),
         "clip": _is_clip,
         "sequence": lambda value: type(value) is int,
+    },
+    Kind.GROW: {
+        "unfrozen": _is_joining,
+        "groups": lambda value: _is_list_of(value, _is_new_group),
+        "memory": lambda value: value is None or isinstance(value, dict),
     },
     Kind.BYE: {"info": lambda value: True, "tree": lambda value: isinstance(value, dict)},
     Kind.FAIL: {"error": lambda value: isinstance(value, str)},

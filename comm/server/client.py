@@ -13,11 +13,13 @@ from torch import Tensor
 from ..buckets import Bucket, make_buckets, view_like
 from ..packing import pack_tree, tensor_bytes, tensor_from, unpack_tree
 from ..timeline import Timeline
+from .growth import Joining, values_of
 from .in_place import InPlace
 from .layout import Layout, flat_alias
-from .naive import NaivePeers
+from .peers import ExchangeFailed, Peers
 from .protocol import Kind, Message, ProtocolError, table_of
 from .shared_buckets import SharedBuffers, attach
+from .wire import check_gradients, exact_bytes, make_buffers, round_in_place, warn_of_underflow
 
 _GRACE_S = 5.0
 """A worker waits this much longer than the server, which knows better whom to blame."""
@@ -38,9 +40,11 @@ class WorkerClient:
         timeout_s: Seconds to wait for an answer.
         part_mib: Message size in MiB, as the server's.
         timeline: Where the spans go.
-        naive: Moves gradients and parameters instead of the socket, if given.
+        peers: Move gradients and parameters instead of the socket, if given.
         sharing_workers: If given, tensors go through memory that the server shares with so many workers, all of them.
         in_lockstep: Whether all workers take part in every step (sync mode).
+        wire_dtype: In which gradients and parameters travel, as the server's; see :class:`.Layout`. Parameters are
+            rounded to it, from :meth:`start` on.
         in_place: Parameters live in the server's memory until :meth:`release`; in sync mode with shared memory only.
 
     Raises:
@@ -55,18 +59,22 @@ class WorkerClient:
         timeout_s: float,
         part_mib: float,
         timeline: Timeline,
-        naive: NaivePeers | None = None,
+        peers: Peers | None = None,
         sharing_workers: int | None = None,
         in_lockstep: bool = True,
+        wire_dtype: torch.dtype | None = None,
         in_place: bool = False,
     ) -> None:
         self._socket = socket
         self._named = named_parameters
-        num_makers = (sharing_workers or 0) + 1
+        self._names = {p: name for named in named_parameters for name, p in named}
+        self._wire_dtype = wire_dtype
+        self._warned = False
+        num_makers = self._num_makers = (sharing_workers or 0) + 1
         self._shared = [SharedBuffers(num_makers) for _ in named_parameters] if sharing_workers else None
-        allocators = [s.allocate for s in self._shared] if self._shared else [None] * len(named_parameters)
+        allocators = [s.allocate for s in self._shared] if self._shared else [make_buffers] * len(named_parameters)
         self._layouts = [
-            Layout([p for _, p in named], part_mib, allocate)
+            Layout([p for _, p in named], part_mib, allocate, wire_dtype)
             for named, allocate in zip(named_parameters, allocators, strict=True)
         ]
         self._inboxes = [SharedBuffers(num_makers) for _ in self._shared or []] if not in_lockstep else []
@@ -83,18 +91,28 @@ class WorkerClient:
         self._rank = rank
         self._timeout_s = timeout_s + _GRACE_S
         self._timeline = timeline
-        self._naive = naive
+        self._peers = peers
+        self._early: Message | None = None
 
     def start(self) -> None:
         """Phases *hello* and *init*: agree on the model; rank 0 sends the values to start from."""
-        tables = [table_of(named) for named in self._named]
+        tables = [table_of(named, self._wire_dtype) for named in self._named]
         self._send(Message(Kind.HELLO, info={"tables": tables, "memory": self._make_memory()}))
         if self._rank == 0:
             for number, layout in enumerate(self._layouts):
                 for bucket, part, start, end in layout.all_parts():
-                    payload = self._payload(bucket, bucket.parameters(), start, end, scale=1.0)
+                    if layout.is_narrowed(bucket):
+                        payload = exact_bytes(bucket, start, end)
+                    else:
+                        payload = self._payload(bucket, bucket.parameters(), start, end, scale=1.0)
                     self._send(Message(Kind.INIT, number, bucket.index(), part, payload=payload))
         self._attach(self._expect(Kind.WELCOME).info)
+        self.round()
+
+    def round(self) -> None:
+        """So that a worker computes with what it would have after a step, whatever it had before."""
+        for layout in self._layouts:
+            round_in_place(layout, self._names)
 
     def _make_memory(self) -> dict[str, Any] | None:
         """Where the server finds this worker's buffers."""
@@ -134,15 +152,51 @@ class WorkerClient:
         if self._timeline.tracer.recorder is not None:
             info["recorded"] = True
         self._send(Message(Kind.STEP, number, info=info))
-        if self._naive is None:
-            return self._push(number, used)
-        return self._naive.push_pull([p for bucket in layout.buckets for p in bucket.parameters()])
+        return self._push(number, used) if self._peers is None else self._push_pull(self._peers, layout)
 
-    def fetch(self) -> None:
-        """Take over the server's current parameters, of all optimizers."""
+    def _push_pull(self, peers: Peers, layout: Layout) -> int:
+        try:
+            return peers.push_pull(layout.buckets, self._look)
+        except ExchangeFailed as error:
+            if self._early is None and not self._socket.poll(int(_GRACE_S * 1000)):  # the server knows who has gone
+                raise ServerFailed(f"the exchange with the parameter server broke off: {error}") from error
+            self._receive()
+            raise
+
+    def _look(self) -> None:
+        """Raise if the server has failed, while the answer is awaited elsewhere."""
+        if self._early is None and self._socket.poll(0):
+            self._early = self._receive()
+
+    def fetch(self, exact: bool = False) -> None:
+        """Take over the server's current parameters, of all optimizers, ``exact``: not rounded as after a step."""
         for number in range(len(self._layouts)):
             self._send(Message(Kind.FETCH, number))
-            self.pull(number)
+            self.pull(number, are_exact=True)
+        if not exact:
+            self.round()
+
+    def grow(self, number: int, joining: Joining) -> None:
+        """Phase *grow*: ``joining`` travels with optimizer ``number`` from the next step on."""
+        layout, first = self._layouts[number], len(self._layouts[number].buckets)
+        kinds = ("pushed", "inbox") if self._inboxes else ("pushed",)
+        memory = {kind: SharedBuffers(self._num_makers) for kind in kinds} if self._shared and joining.trains else {}
+        self._named[number] += joining.named
+        self._names |= {p: name for name, p in joining.named}
+        new = layout.extend([p for _, p in joining.named], memory["pushed"].allocate if memory else make_buffers)
+        specs = layout.specs[first:]
+        values = memory["inbox"].allocate(specs) if "inbox" in memory else None
+        handles = {kind: buffers.handle() for kind, buffers in memory.items()} or None
+        self._send(Message(Kind.GROW, number, info={**joining.request(), "memory": handles}, payload=values_of(new)))
+        handle = self._expect(Kind.GROWN).info
+        for buffers in memory.values():
+            buffers.seal()
+        if memory:
+            values = attach(handle, specs) if values is None else values
+            self._values[number] += make_buckets([bucket.parameters() for bucket in new], values, first)
+        if self._in_place:
+            self._in_place[number].extend(self._values[number][first:])
+        self.round()
 
     def get_state(self, number: int) -> dict[str, Any]:
         """The state dict of optimizer ``number`` on the server."""
@@ -177,6 +231,9 @@ class WorkerClient:
         self._socket.send_multipart(message.frames(), copy=False)
 
     def _receive(self) -> Message:
+        if self._early is not None:
+            message, self._early = self._early, None
+            return message
         if not self._socket.poll(int(self._timeout_s * 1000)):
             raise ServerFailed(
                 f"the parameter server did not answer worker {self._rank} within {self._timeout_s:g} s; "
@@ -204,8 +261,8 @@ class WorkerClient:
         lost = [name for name, p in self._named[number] if p.grad is not None and p not in known]
         if lost:
             raise ValueError(
-                f"parameter {lost[0]!r} was frozen when the run began and has a gradient now: the parameter server "
-                "cannot take it in mid-run; unfreeze before fit or use --trainer.strategy manual_allreduce"
+                f"parameter {lost[0]!r} was frozen when the run began and has a gradient now, but the server was not "
+                "asked to take it in"
             )
 
     def _push(self, number: int, used: list[list[bool]]) -> int:
@@ -215,10 +272,18 @@ class WorkerClient:
             if any(used[bucket.index()]):
                 gradients = [p.grad for p in bucket.parameters()]
                 with self._timeline.tracer.part("push", bucket=bucket.index(), part=part, server=self.number):
-                    payload = self._payload(bucket, gradients, start, end, self._scale)
+                    is_narrowed = self._layouts[number].is_narrowed(bucket)
+                    payload = self._payload(bucket, gradients, start, end, 1.0 if is_narrowed else self._scale)
+                    if is_narrowed and (lost := check_gradients(bucket, gradients, start, end, self._names)):
+                        self._warn_once(lost)
                     self._send(Message(Kind.PUSH, number, bucket.index(), part, payload=payload))
                 num_bytes += (end - start) * bucket.buffer().element_size()
         return num_bytes
+
+    def _warn_once(self, name: str) -> None:
+        if not self._warned:
+            warn_of_underflow(name, self._wire_dtype)
+        self._warned = True
 
     @torch.no_grad()
     def _payload(self, bucket: Bucket, tensors: list[Any], start: int, end: int, scale: float) -> memoryview | None:
@@ -228,7 +293,7 @@ class WorkerClient:
         changes it before the server has answered.
         """
         flat = flat_alias(tensors[0], bucket.parameters()[0]) if len(tensors) == 1 else None
-        if flat is not None and not self._shared:
+        if flat is not None and not self._shared and flat.dtype == bucket.buffer().dtype:
             return tensor_bytes(flat[start:end].cpu())
         if flat is not None:
             torch.mul(flat[start:end], scale, out=bucket.buffer()[start:end])
@@ -237,8 +302,8 @@ class WorkerClient:
                 view.zero_() if tensor is None else torch.mul(tensor, scale, out=view)
         return None if self._shared else tensor_bytes(bucket.buffer()[start:end].cpu())
 
-    def pull(self, number: int) -> tuple[int, int, dict[str, float]]:
-        """Second half of :meth:`step`: take new parameters until *done*.
+    def pull(self, number: int, are_exact: bool = False) -> tuple[int, int, dict[str, float]]:
+        """Second half of :meth:`step`: take new parameters, ``are_exact``: not rounded, until *done*.
 
         Returns the time of the first reply in ns, the bytes, and the server's times.
         """
@@ -254,10 +319,10 @@ class WorkerClient:
             if message.kind != Kind.PULL or message.optimizer != number:
                 raise ProtocolError(f"expected PULL from the server, got {message.kind.name}")
             with tracer.part("pull", bucket=message.bucket, part=message.part, server=self.number):
-                num_bytes += self._store(number, message)
+                num_bytes += self._store(number, message, are_exact)
 
     @torch.no_grad()
-    def _store(self, number: int, message: Message) -> int:
+    def _store(self, number: int, message: Message, is_exact: bool) -> int:
         """Take over the new parameters of one part; returns its bytes."""
         layout = self._layouts[number]
         bucket = layout.buckets[message.bucket]
@@ -265,10 +330,11 @@ class WorkerClient:
         if self._in_place:
             self._in_place[number].take_over(message.bucket)
             return 0
-        if self._shared:
+        if self._shared and not (is_exact and layout.is_narrowed(bucket)):
             self._copy(bucket, self._values[number][message.bucket], start, end)
         else:
-            self._unpack(bucket, message, start, end)
+            dtype = bucket.parameters()[0].dtype if is_exact else bucket.buffer().dtype
+            self._unpack(bucket, tensor_from(message.payload, dtype), start, end)
         return (end - start) * bucket.buffer().element_size()
 
     @staticmethod
@@ -282,10 +348,9 @@ class WorkerClient:
             parameter.copy_(view)
 
     @staticmethod
-    def _unpack(bucket: Bucket, message: Message, start: int, end: int) -> None:
-        values = tensor_from(message.payload, bucket.buffer().dtype)
+    def _unpack(bucket: Bucket, values: Tensor, start: int, end: int) -> None:
         if len(values) != end - start:
-            raise ProtocolError(f"server sent {len(values)} values for bucket {message.bucket}, expected {end - start}")
+            raise ProtocolError(f"server sent {len(values)} values for bucket {bucket.index()}, expected {end - start}")
         parameters = bucket.parameters()
         flat = flat_alias(parameters[0], parameters[0]) if len(parameters) == 1 else None
         if flat is not None:

@@ -20,13 +20,15 @@ class InPlace:
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
-        self._homes: list[list[tuple[Tensor, Tensor]]] = [
-            [(p, view_like(apart(flat), p)) for p, flat in zip(bucket.parameters(), bucket.slices, strict=True)]
-            for bucket in buckets
-        ]
+        self._homes: list[list[tuple[Tensor, Tensor]]] = []
+        self.extend(buckets)
 
-        for index in range(len(buckets)):
-            self.take_over(index)
+    def extend(self, buckets: Sequence[Bucket]) -> None:
+        """The same for further buckets."""
+        for bucket in buckets:
+            pairs = zip(bucket.parameters(), bucket.slices, strict=True)
+            self._homes.append([(p, view_like(apart(flat), p)) for p, flat in pairs])
+            self.take_over(len(self._homes) - 1)
 
     def take_over(self, bucket_index: int) -> None:
         """The server has stepped the bucket. Parameters that someone has given other memory since return to it."""

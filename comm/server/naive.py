@@ -6,18 +6,19 @@ way; everything else uses the socket.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+
+from ..buckets import Bucket
+from .peers import Watch
 
 
 @final
 class NaivePeers:
-    """A gloo group of the server (rank 0) and the workers (rank 1 and up).
+    """:class:`.Peers` as a gloo group of the server (rank 0) and the workers (rank 1 and up).
 
     Constructing blocks until all of them are here.
     """
@@ -27,8 +28,8 @@ class NaivePeers:
         self._num_workers = size - 1
 
     @torch.no_grad()
-    def push_pull(self, parameters: list[Tensor]) -> int:
-        """Worker: send every gradient (zeros for none), receive every parameter in place; returns the bytes."""
+    def push_pull(self, buckets: list[Bucket], watch: Watch) -> int:
+        parameters = [p for bucket in buckets for p in bucket.parameters()]
         for parameter in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             self._group.send([gradient.cpu().contiguous()], 0, 0).wait()
@@ -39,17 +40,22 @@ class NaivePeers:
         return 2 * sum(p.nbytes for p in parameters)
 
     @torch.no_grad()
-    def serve(self, parameters: list[Tensor], step: Callable[[], None]) -> int:
-        """Server: average the gradients into ``p.grad``, call ``step``, send the parameters; returns the bytes."""
-        for parameter in parameters:
-            total = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    def collect(self, buckets: list[Bucket], watch: Watch) -> int:
+        for view in (view for bucket in buckets for view in bucket.views):
+            total = torch.zeros(view.shape, dtype=view.dtype)
             for worker in range(self._num_workers):
                 received = torch.empty_like(total)
                 self._group.recv([received], worker + 1, 0).wait()
                 total += received * (1.0 / self._num_workers)
-            parameter.grad = total.to(parameter.device)
-        step()
-        for parameter in parameters:
+            view.copy_(total)
+        return self._num_workers * sum(bucket.num_bytes for bucket in buckets)
+
+    @torch.no_grad()
+    def distribute(self, buckets: list[Bucket], watch: Watch) -> int:
+        for view in (view for bucket in buckets for view in bucket.views):
             for worker in range(self._num_workers):
-                self._group.send([parameter.cpu().contiguous()], worker + 1, 0).wait()
-        return 2 * self._num_workers * sum(p.nbytes for p in parameters)
+                self._group.send([view.cpu().contiguous()], worker + 1, 0).wait()
+        return self._num_workers * sum(bucket.num_bytes for bucket in buckets)
+
+    def abort(self) -> None:
+        self._group.abort()

@@ -8,7 +8,9 @@ named as in :mod:`.client` and :mod:`.server`:
 3. *step*, repeated: *step* (learning rates, clipping, which parameters have gradients), then *push* parts;
    the server steps and answers with *pull* parts and *done*. Between two steps a worker may ask for the current
    parameters (*fetch*, answered alike), and ask for or set the optimizer state (*get_state*, *set_state*).
-4. *bye*: each worker leaves; the server ends when all have. *fail* instead carries an error text.
+4. *grow*, between two steps: a worker in which parameters have become trainable, or parameter groups were added, asks
+   the server to take them in, with their values (answered by *grown*); the other workers ask for the same.
+5. *bye*: each worker leaves; the server ends when all have. *fail* instead carries an error text.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .layout import travelling_dtype
 
 _HEADER = struct.Struct("<BBHI")  # kind, optimizer, bucket, part
 
@@ -38,6 +43,8 @@ class Kind(IntEnum):
     BYE = 11
     FAIL = 12
     FETCH = 13
+    GROW = 14
+    GROWN = 15
 
 
 class ProtocolError(Exception):
@@ -73,16 +80,19 @@ class Message:
             raise ProtocolError(f"unreadable message of kind {kind}: {error}") from error
 
 
-def table_of(named_parameters: list[tuple[str, Tensor]]) -> list[list[Any]]:
-    """What both sides must agree on: ``[name, shape, stride, dtype, trainable]`` per parameter, in order."""
-    return [[n, list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad] for n, p in named_parameters]
+def table_of(named_parameters: list[tuple[str, Tensor]], wire_dtype: torch.dtype | None = None) -> list[list[Any]]:
+    """What both sides must agree on: ``[name, shape, stride, dtype, trainable, dtype on the wire]`` per parameter."""
+    return [
+        [n, list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad, str(travelling_dtype(p.dtype, wire_dtype))]
+        for n, p in named_parameters
+    ]
 
 
 def first_difference(mine: list[list[Any]], theirs: list[list[Any]]) -> str | None:
     """Name the first parameter in which two tables differ, None if they agree."""
     for ours, other in zip(mine, theirs, strict=False):
         if ours != other:
-            return f"server has {ours}, worker has {other} (name, shape, stride, dtype, trainable)"
+            return f"server has {ours}, worker has {other} (name, shape, stride, dtype, trainable, wire dtype)"
     if len(mine) != len(theirs):
         name = max(mine, theirs, key=len)[min(len(mine), len(theirs))][0]
         return f"server has {len(mine)} parameters, worker {len(theirs)}; only one of them has {name!r}"

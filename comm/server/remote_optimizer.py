@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from .client import WorkerClient
 from .servers_client import ServersClient
+from .worker_growth import WorkerGrowth
 
 _NO_CLIPPING = {"algorithm": None, "value": 0.0}
 
@@ -27,11 +28,20 @@ class RemoteOptimizer(Optimizer):
         inner: The optimizer as configured; never stepped here.
         client: The connection, already started.
         number: Index among the module's optimizers.
+        growth: Tells the servers what joins in mid-run; without it nothing may.
     """
 
-    def __init__(self, inner: Optimizer, client: WorkerClient | ServersClient, number: int) -> None:
+    def __init__(
+        self,
+        inner: Optimizer,
+        client: WorkerClient | ServersClient,
+        number: int,
+        growth: WorkerGrowth | None = None,
+    ) -> None:
         super().__init__(inner.param_groups, dict(inner.defaults))
+        self.param_groups = inner.param_groups  # the list too: groups are added through either
         self._inner = inner
+        self._growth = growth
         self._client = client
         self._number = number
         self._ready = True
@@ -47,11 +57,18 @@ class RemoteOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_groups()
         self._client.step(self._number, self._settings(), self._clip)
         self._clip = _NO_CLIPPING
         # Schedulers watch the optimizer they were made for and warn if it was never stepped.
         self._inner._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
         return loss
+
+    def _follow_groups(self) -> None:
+        """Let the server know of parameters and groups that have joined since the last step."""
+        self._inner.param_groups = self.param_groups  # BaseFinetuning replaces the list when a run resumes
+        if self._growth is not None:
+            self._growth.follow(self._number, self.param_groups, self._settings())
 
     def _settings(self) -> list[dict[str, Any]]:
         """The parameter groups' scalars, JSON-compatible."""
@@ -64,8 +81,10 @@ class RemoteOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state dict of the optimizer on the server. Blocks; only one worker needs to ask."""
         state = self._client.get_state(self._number)
-        # The server knows the settings of the last push; a scheduler may have changed them since.
+        # The server knows the settings and the groups of the last push; both may have changed since.
         first = 0
+        missing: list[dict[str, Any]] = [{} for _ in self.param_groups[len(state["param_groups"]) :]]
+        state["param_groups"] += missing
         for saved, group in zip(state["param_groups"], self.param_groups, strict=True):
             saved.update(group)
             saved["params"] = list(range(first, first + len(group["params"])))
@@ -84,22 +103,25 @@ class RemoteOptimizer(Optimizer):
         ]
         if sizes[0] != sizes[1]:
             raise ValueError(f"the optimizer state is for parameter groups of {sizes[0]} tensors, not {sizes[1]}")
+        self._follow_groups()
         self._client.set_state(self._number, state_dict)
         self.load_settings(state_dict)
 
     def load_settings(self, state_dict: dict[str, Any]) -> None:
         """Restore the parameter-group settings only: in place, since ``inner`` and its schedulers share them."""
+        self._follow_groups()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if getattr(self, "_ready", False):
-            raise ValueError(
-                "the parameter server cannot take a new parameter group in mid-run (BackboneFinetuning adds one): "
-                "pass all parameters to the optimizer from the start, or use --trainer.strategy manual_allreduce"
-            )
-        super().add_param_group(param_group)
+        """Takes effect on the server with the next step; all workers must do it before the same one."""
+        if not getattr(self, "_ready", False):
+            super().add_param_group(param_group)
+        elif self._growth is None:
+            raise ValueError("this parameter server cannot take a new parameter group in mid-run: pass `growth`")
+        else:
+            self._inner.add_param_group(param_group)
 
 
 def _scalar(value: Any) -> Any:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,46 +19,18 @@ from ..buckets import Bucket, BufferSpec
 from ..packing import MalformedTree, pack_tree, tensor_bytes, tensor_from, unpack_tree
 from ..tracer import Tracer
 from .checks import check_fields, check_settings
+from .growth import Growths
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 from .served import ServedOptimizer
 from .shared_buckets import SharedBuffers, attach
+from .statistics import ServerStatistics
+from .wire import check_parameters
 
 _POLL_MS = 200
 
 
 class WorkerFailed(Exception):
     """A worker reported an error, left or stayed silent; the message names it and gives its error."""
-
-
-@dataclass
-class ServerStatistics:
-    """What the server did since :meth:`take`; times in milliseconds."""
-
-    num_steps: int = 0
-    num_bytes: int = 0
-    receive_ms: float = 0.0
-    reduce_ms: float = 0.0
-    optimizer_ms: float = 0.0
-    total_steps: int = 0
-    staleness: Counter[int] = field(default_factory=Counter)
-    """How many steps were taken with gradients that so many other steps had overtaken."""
-    since: float = field(default_factory=time.perf_counter)
-
-    def take(self) -> dict[str, float]:
-        """Means per step since the last call, and steps per second; starts a new interval."""
-        now = time.perf_counter()
-        steps = max(1, self.num_steps)
-        means: dict[str, float] = {
-            name: getattr(self, name) / steps for name in ("num_bytes", "receive_ms", "reduce_ms", "optimizer_ms")
-        }
-        means["steps_per_s"] = self.num_steps / max(1e-9, now - self.since)
-        means["total_steps"] = self.total_steps
-        means["staleness"] = sum(k * n for k, n in self.staleness.items()) / steps
-        means["max_staleness"] = max(self.staleness, default=0)
-        self.num_steps, self.num_bytes, self.since = 0, 0, now
-        self.receive_ms = self.reduce_ms = self.optimizer_ms = 0.0
-        self.staleness.clear()
-        return means
 
 
 class ParameterServer(ABC):
@@ -76,6 +46,8 @@ class ParameterServer(ABC):
         watch: Called a few times per second; raises if a worker process is known to have ended.
         on_step: Called after every step with the statistics.
         shared: Tensors go through memory shared with the workers, which are on this host.
+        wire_dtype: In which gradients and parameters travel, as the workers'; see :class:`.Layout`.
+        by_name: Parameters of the module that may join an optimizer in mid-run.
 
     Raises:
         SharedMemoryError: there is too little memory for that.
@@ -92,9 +64,13 @@ class ParameterServer(ABC):
         watch: Callable[[], None],
         on_step: Callable[[ServerStatistics], None],
         shared: bool = False,
+        wire_dtype: torch.dtype | None = None,
+        by_name: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._socket = socket
-        self._tables = [table_of(named) for named in named_parameters]
+        self._wire_dtype = wire_dtype
+        self._tables = [table_of(named, wire_dtype) for named in named_parameters]
+        self._names = {p: name for named in named_parameters for name, p in named}
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._watch = watch
@@ -105,6 +81,7 @@ class ParameterServer(ABC):
             self._serve_optimizer(optimizer, [p for _, p in named], part_mib, allocate)
             for optimizer, named, allocate in zip(optimizers, named_parameters, allocators, strict=True)
         ]
+        self._growths = Growths(self.served, by_name or {})
         self._pushed: dict[int, list[list[Tensor]]] = {}
         """Per worker and optimizer, the shared buffers to which it writes its gradients."""
         self._init_parts = {
@@ -119,7 +96,7 @@ class ParameterServer(ABC):
         self._greeted: set[int] = set()
         self._left: dict[int, Any] = {}
         self._waiting_since: float | None = time.monotonic()
-        self.statistics = ServerStatistics()
+        self.statistics = ServerStatistics(num_workers)
         self.trace(Tracer())
 
     def trace(self, tracer: Tracer) -> None:
@@ -177,13 +154,14 @@ class ParameterServer(ABC):
         if frames[0].bytes not in self._ids:
             raise ProtocolError(f"worker {frames[0].bytes!r} is not one of the {self._num_workers} expected")
         worker = self._ids[frames[0].bytes]
+        self.statistics.seen_ns[worker] = time.perf_counter_ns()
         message = Message.parse([frame.buffer for frame in frames[1:]])
         if message.kind not in _HANDLERS:
             raise ProtocolError(f"worker {worker} sends {message.kind.name}, which only the server may")
         check_fields(worker, message)
         self._check_turn(worker, message)
         if message.kind == Kind.STEP:
-            check_settings(worker, message.info["groups"], self.served[message.optimizer].optimizer)
+            check_settings(worker, message.info["groups"], self.served[message.optimizer].groups_of(worker))
             if message.info.get("recorded") is True:
                 self.tracer.requested(worker)
         _HANDLERS[message.kind](self, worker, message)
@@ -216,14 +194,20 @@ class ParameterServer(ABC):
             except zmq.ZMQError:
                 continue  # it is gone, which may be the very reason
 
+    def waited_for(self) -> tuple[set[int], float]:
+        """For whom the others wait, and how many seconds since one of them came; nobody, 0 if nobody waits."""
+        if self._waiting_since is None:
+            return set(), 0.0
+        missing = set(range(self._num_workers)) - self._greeted
+        return missing or self._late_workers(), time.monotonic() - self._waiting_since
+
     def _check_patience(self) -> None:
         """Name who keeps the others waiting."""
-        if self._waiting_since is None or time.monotonic() - self._waiting_since < self._timeout_s:
+        missing, waited_s = self.waited_for()
+        if self._waiting_since is None or waited_s < self._timeout_s:
             return
-        missing, what = set(range(self._num_workers)) - self._greeted, "did not say hello"
-        if not missing:
-            missing = self._late_workers()
-            what = "did not push the step that the others wait for"
+        greeted = len(self._greeted) == self._num_workers
+        what = "did not push the step that the others wait for" if greeted else "did not say hello"
         raise WorkerFailed(
             f"worker(s) {', '.join(map(str, sorted(missing)))} {what} within {self._timeout_s:g} s; "
             "--trainer.strategy.step_timeout_s raises the limit"
@@ -250,7 +234,7 @@ class ParameterServer(ABC):
         if worker != 0:
             raise ProtocolError(f"worker {worker} sends initial values, which only worker 0 may")
         payload = self._payload(worker, message)
-        target = self.served[message.optimizer].part(message.bucket, message.part, payload)
+        target = self.served[message.optimizer].part(message.bucket, message.part, payload, exact=True)
         with torch.no_grad():
             target.copy_(tensor_from(payload, target.dtype))
         self._init_parts.discard((message.optimizer, message.bucket, message.part))
@@ -272,8 +256,14 @@ class ParameterServer(ABC):
 
     def _attach(self, handles: list[dict[str, Any]]) -> list[list[Tensor]]:
         """A worker's buffers, per optimizer."""
+        if not isinstance(handles, list) or len(handles) != len(self.served):
+            raise ProtocolError(f"a worker describes memory that cannot be mapped: {handles!r}")
+        return [self._attach_one(h, served.layout.specs) for h, served in zip(handles, self.served, strict=True)]
+
+    @staticmethod
+    def _attach_one(handle: Any, specs: list[BufferSpec]) -> list[Tensor]:
         try:
-            return [attach(h, served.layout.specs) for h, served in zip(handles, self.served, strict=True)]
+            return attach(handle, specs)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"a worker describes memory that cannot be mapped: {error!r}") from error
 
@@ -283,26 +273,54 @@ class ParameterServer(ABC):
             return message.payload
         layout = self.served[message.optimizer].layout
         try:
-            start, end = layout.parts(layout.buckets[message.bucket])[message.part]
+            bucket = layout.buckets[message.bucket]
+            start, end = layout.parts(bucket)[message.part]
         except IndexError:
             raise ProtocolError(f"worker {worker} names bucket {message.bucket} part {message.part}: no such") from None
+        if message.kind == Kind.INIT and layout.is_narrowed(bucket):
+            return message.payload  # unrounded values have no place in the shared memory
         return tensor_bytes(self._pushed[worker][message.optimizer][message.bucket][start:end])
 
-    def _count_step(self, times: dict[str, float], staleness: int = 0) -> None:
-        stats = self.statistics
-        stats.num_steps += 1
-        stats.total_steps += 1
-        stats.receive_ms += times["receive_ms"]
-        stats.reduce_ms += times["reduce_ms"]
-        stats.optimizer_ms += times["optimizer_ms"]
-        stats.staleness[staleness] += 1
-        self._on_step(stats)
+    def _count_step(self, times: dict[str, float]) -> None:
+        self.statistics.count_step(times)
+        self._on_step(self.statistics)
+
+    # -- phase: grow -----------------------------------------------------------------------------------------
+
+    def _grow(self, worker: int, message: Message) -> None:
+        """Parameters join an optimizer, between two steps of this worker."""
+        number, request = message.optimizer, {key: message.info[key] for key in ("unfrozen", "groups")}
+        if self._growths.is_new(worker, number, request):
+            self._take_in(worker, message, request)
+        first, handle = self._growths.attach(worker, number)
+        specs = self.served[number].layout.specs[first : len(self.served[number].buckets_of(worker))]
+        if self._shared and specs:
+            self._take_grown_memory(worker, number, first, specs, message.info["memory"] or {})
+        self._send(worker, Message(Kind.GROWN, number, info=handle))
+
+    def _take_in(self, worker: int, message: Message, request: dict[str, Any]) -> None:
+        """Nobody has asked for this before."""
+        joining = self._growths.check(worker, message.optimizer, request, len(message.payload))
+        self._names |= {p: name for name, p in joining.named}
+        memory = SharedBuffers(self._num_workers + 1) if self._shared else None
+        self._growths.grow(message.optimizer, request, joining, message.payload, memory)
+
+    def _take_grown_memory(
+        self, worker: int, number: int, first: int, specs: list[BufferSpec], memory: dict[str, Any]
+    ) -> None:
+        pushed = self._attach_one(memory.get("pushed"), specs)
+        self._pushed[worker][number] += pushed
+        self.served[number].attach(worker, pushed, first)
 
     # -- values ----------------------------------------------------------------------------------------------
 
     def _fetch(self, worker: int, message: Message) -> None:
-        for bucket in self.served[message.optimizer].layout.buckets:
-            self._send_values(message.optimizer, bucket, [worker])
+        layout = self.served[message.optimizer].layout
+        for bucket in self.served[message.optimizer].buckets_of(worker):
+            if layout.is_narrowed(bucket):
+                self._send_exact_values(message.optimizer, bucket, worker)
+            else:
+                self._send_values(message.optimizer, bucket, [worker])
         self._send(worker, Message(Kind.DONE, message.optimizer, info={}))
 
     def _take_part(self, worker: int, message: Message) -> int:
@@ -312,19 +330,33 @@ class ParameterServer(ABC):
             self.served[message.optimizer].add(worker, message.bucket, message.part, payload)
         return len(payload)
 
+    def _send_exact_values(self, number: int, bucket: Bucket, worker: int) -> None:
+        """The bucket's parameters unrounded, in a message even where there is shared memory."""
+        served = self.served[number]
+        start_ns = time.perf_counter_ns()
+        for part, (start, end) in enumerate(served.layout.parts(bucket)):
+            payload = bytes(tensor_bytes(served.values(bucket, start, end).cpu()))
+            self._send(worker, Message(Kind.PULL, number, bucket.index(), part, payload=payload))
+            self.statistics.sent_bytes += len(payload)
+        self.statistics.send_ns += time.perf_counter_ns() - start_ns
+
     def _send_values(self, number: int, bucket: Bucket, workers: Iterable[int]) -> None:
-        """The bucket's current parameters, to ``workers``."""
+        """The bucket's current parameters as they travel, to ``workers``."""
         with self.tracer.part("send", bucket=bucket.index(), workers=list(workers)):
             self._send_parts(number, bucket, workers)
 
     def _send_parts(self, number: int, bucket: Bucket, workers: Iterable[int]) -> None:
         served = self.served[number]
+        start_ns = time.perf_counter_ns()
         for part, (start, end) in enumerate(served.layout.parts(bucket)):
-            values = served.values(bucket, start, end)
+            values = served.reply(bucket, start, end)
+            if served.layout.is_narrowed(bucket):
+                check_parameters(bucket, values, served.values(bucket, start, end), self._names)
             for worker in workers:
                 payload = self._reply(worker, number, bucket.index(), start, values)
                 self._send(worker, Message(Kind.PULL, number, bucket.index(), part, payload=payload))
-                self.statistics.num_bytes += values.nbytes
+                self.statistics.sent_bytes += values.nbytes
+        self.statistics.send_ns += time.perf_counter_ns() - start_ns
 
     @abstractmethod
     def _reply(self, worker: int, number: int, bucket_index: int, start: int, values: Tensor) -> Any:
@@ -333,7 +365,7 @@ class ParameterServer(ABC):
     # -- optimizer state -------------------------------------------------------------------------------------
 
     def _get_state(self, worker: int, message: Message) -> None:
-        info, payload = pack_tree(self.served[message.optimizer].optimizer.state_dict())
+        info, payload = pack_tree(self.served[message.optimizer].state_dict_of(worker))
         self._send(worker, Message(Kind.STATE, message.optimizer, info=info, payload=payload))
 
     def _set_state(self, worker: int, message: Message) -> None:
@@ -352,6 +384,7 @@ class ParameterServer(ABC):
 
     def _bye(self, worker: int, message: Message) -> None:
         self._left[worker] = (message.info["info"], _unpack(worker, message.info["tree"], message.payload))
+        self.statistics.left.add(worker)
 
     def _fail(self, worker: int, message: Message) -> None:
         self._left[worker] = None
@@ -365,6 +398,7 @@ class ParameterServer(ABC):
                     parameter.data = parameter.data.clone()
         for shared in self._shared or []:
             shared.seal()
+        self._growths.seal()
 
 
 def _unpack(worker: int, description: Any, payload: Any) -> Any:
@@ -374,7 +408,7 @@ def _unpack(worker: int, description: Any, payload: Any) -> Any:
         raise ProtocolError(f"worker {worker} sends a tree that cannot be unpacked: {error!r}") from error
 
 
-_OF_AN_OPTIMIZER = {Kind.INIT, Kind.STEP, Kind.PUSH, Kind.FETCH, Kind.GET_STATE, Kind.SET_STATE}
+_OF_AN_OPTIMIZER = {Kind.INIT, Kind.STEP, Kind.PUSH, Kind.FETCH, Kind.GET_STATE, Kind.SET_STATE, Kind.GROW}
 
 _HANDLERS: dict[Kind, Callable[[ParameterServer, int, Message], None]] = {
     Kind.HELLO: ParameterServer._hello,
@@ -384,6 +418,7 @@ _HANDLERS: dict[Kind, Callable[[ParameterServer, int, Message], None]] = {
     Kind.FETCH: ParameterServer._fetch,
     Kind.GET_STATE: ParameterServer._get_state,
     Kind.SET_STATE: ParameterServer._set_state,
+    Kind.GROW: lambda server, worker, message: server._grow(worker, message),
     Kind.BYE: lambda server, worker, message: server._bye(worker, message),
     Kind.FAIL: ParameterServer._fail,
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, final
 
 from torch import Tensor
 
 from ..timeline import Timeline
 from .client import WorkerClient, step_together
+from .growth import Joining
 from .shards import Cut, Piece, cut_state, join_states
 
 Named = list[tuple[str, Tensor]]
@@ -75,11 +77,33 @@ class ServersClient:
             if not piece.is_whole:
                 piece.tensor.grad = None
 
-    def fetch(self) -> None:
+    def grow(self, number: int, new: list[Tensor], cuts: list[list[Cut]], joinings: list[Joining]) -> None:
+        """Phase *grow* with every server.
+
+        Args:
+            number: Of the optimizer.
+            new: Parameters of its new groups.
+            cuts: Per server, what it serves of those.
+            joinings: Per server, those and what was unfrozen.
+        """
+        first = len(self._parameters[number])
+        self._parameters[number] += new
+        for server, (client, joining) in enumerate(zip(self._clients, joinings, strict=True)):
+            self._cuts[number][server] += [replace(cut, index=cut.index + first) for cut in cuts[server]]
+            self._pieces[server][number] += [piece for _, rows in joining.groups for _, piece in rows]
+            client.grow(number, joining)
+
+    def fetch(self, exact: bool = False) -> None:
+        """See :meth:`.WorkerClient.fetch`."""
         for number in range(len(self._parameters)):
             self._follow(number)
         for client in self._clients:
-            client.fetch()
+            client.fetch(exact)
+
+    def round(self) -> None:
+        """See :meth:`.WorkerClient.round`."""
+        for client in self._clients:
+            client.round()
 
     def _all_pieces(self, number: int) -> list[Piece]:
         return [piece for own in self._pieces for piece in own[number]]

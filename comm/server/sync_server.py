@@ -13,9 +13,12 @@ from typing_extensions import override
 from ..buckets import BufferSpec
 from ..packing import tensor_bytes
 from .aggregator import Aggregator
-from .naive import NaivePeers
-from .protocol import Kind, Message
-from .server import ParameterServer
+from .peers import ExchangeFailed, Peers
+from .protocol import Kind, Message, ProtocolError
+from .server import ParameterServer, WorkerFailed
+
+_NAMING_S = 3.0
+"""How long to find out which worker has ended."""
 
 
 @final
@@ -23,15 +26,15 @@ class SyncServer(ParameterServer):
     """Steps by the average of all workers' gradients, bucket by bucket as they become complete.
 
     Args:
-        naive: Moves gradients and parameters instead of the socket, if given.
+        peers: Move gradients and parameters instead of the socket, if given.
         See :class:`.ParameterServer` for the others.
     """
 
     served: list[Aggregator]  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, *args: Any, naive: NaivePeers | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, peers: Peers | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._naive = naive
+        self._peers = peers
         self._pushed_at: dict[int, tuple[int, int]] = {}
 
     @override
@@ -42,11 +45,31 @@ class SyncServer(ParameterServer):
         part_mib: float,
         allocate: Callable[[list[BufferSpec]], list[Tensor]] | None,
     ) -> Aggregator:
-        return Aggregator(optimizer, parameters, self._num_workers, part_mib, allocate, are_scaled=allocate is not None)
+        workers, wire_dtype, are_scaled = self._num_workers, self._wire_dtype, allocate is not None
+        return Aggregator(optimizer, parameters, workers, part_mib, allocate, wire_dtype, are_scaled)
 
     @override
     def _late_workers(self) -> set[int]:
         return set().union(*(served.missing_workers() for served in self.served if served.announced))
+
+    @override
+    def _check_turn(self, worker: int, message: Message) -> None:
+        super()._check_turn(worker, message)
+        if message.kind == Kind.STEP and (missing := self._growths.missing(worker, message.optimizer)):
+            raise ProtocolError(
+                f"worker {worker} steps without {missing[0]!r}, which another worker has unfrozen: unfreeze on all "
+                "workers between the same two steps"
+            )
+
+    @override
+    def _take_in(self, worker: int, message: Message, request: dict[str, Any]) -> None:
+        if begun := self.served[message.optimizer].announced:
+            raise ProtocolError(
+                f"worker {worker} unfreezes parameters and worker(s) {', '.join(map(str, sorted(begun)))} did not: "
+                "unfreeze on all workers between the same two steps"
+            )
+        super()._take_in(worker, message, request)
+        self.served[message.optimizer].reset()
 
     @override
     def _step(self, worker: int, message: Message) -> None:
@@ -57,17 +80,32 @@ class SyncServer(ParameterServer):
         self._pushed_at[worker] = (now, now)
         if len(aggregator.announced) < self._num_workers:
             return
-        if self._naive is None:
+        if self._peers is None:
             self._advance(message.optimizer, None)
         else:
-            self.statistics.num_bytes += aggregator.step_naively(self._naive)
+            num_bytes = self._step_with(self._peers, aggregator)
+            self.statistics.received_bytes += num_bytes // 2
+            self.statistics.sent_bytes += num_bytes // 2
             self._finish_step(message.optimizer)
+
+    def _step_with(self, peers: Peers, aggregator: Aggregator) -> int:
+        try:
+            return aggregator.step_with(peers, self._watch)
+        except ExchangeFailed as error:
+            deadline = time.monotonic() + _NAMING_S
+            while time.monotonic() < deadline:  # the connection ends a moment before whoever watches can say whose
+                self._watch()
+                time.sleep(0.1)
+            raise WorkerFailed(
+                f"a worker left or stopped in the middle of a step ({error}); --trainer.strategy.step_timeout_s raises "
+                "how long one may take"
+            ) from error
 
     @override
     def _push(self, worker: int, message: Message) -> None:
         num_bytes = self._take_part(worker, message)
         self._pushed_at[worker] = (self._pushed_at[worker][0], time.perf_counter_ns())
-        self.statistics.num_bytes += num_bytes
+        self.statistics.received_bytes += num_bytes
         self._advance(message.optimizer, message.bucket)
 
     def _advance(self, number: int, bucket_index: int | None) -> None:
@@ -89,6 +127,8 @@ class SyncServer(ParameterServer):
         times = {"reduce_ms": aggregator.reduce_ms, "optimizer_ms": aggregator.optimizer_ms}
         for worker in range(self._num_workers):
             self._send(worker, Message(Kind.DONE, number, info={"receive_ms": receive_ms[worker], **times}))
+            self.statistics.applied(worker)
+            self.statistics.answered(worker, self._pushed_at[worker][0])
         aggregator.reset()
         self._waiting_since = None
         self._count_step({"receive_ms": max(receive_ms.values()), **times})

@@ -1,0 +1,101 @@
+"""What `monitor.py` trains: the loop of `step.py` with all that `gradsync fit` watches it by, or nothing."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, final
+
+from harness import Process
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from training_rows import ROWS, LightningLoop, Observe, StepClock, Workload
+
+from gradsync.callbacks import CommunicationMonitor, Dashboard, DDPTimeline, LineProgress, ResultsWriter, RunSummary
+from gradsync.callbacks.step_timer import StepTimer
+from gradsync.comm import Timeline
+
+STRATEGIES = ("ddp", "manual_allreduce", "sharded_server", "parameter_server")
+_ALWAYS_ON = {
+    StepTimer: ("enter",),
+    DDPTimeline: ("take_step",),
+    Timeline: ("add_span", "gradients_ready", "synchronized", "waited_in_optimizer_step", "add_parts", "take_step"),
+}
+"""What runs outside of callbacks' hooks, with or without callbacks."""
+
+
+@final
+class OwnTime:
+    """Adds up the time spent within wrapped functions; one that is called by another is not counted twice."""
+
+    def __init__(self) -> None:
+        self._spent_ns = 0
+        self._inside = False
+
+    def spent_ms(self) -> float:
+        return self._spent_ns / 1e6
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(*args, **kwargs)
+            self._inside, start_ns = True, time.perf_counter_ns()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._spent_ns += time.perf_counter_ns() - start_ns
+                self._inside = False
+
+        return timed
+
+    def watch_callback(self, callback: Callback) -> None:
+        """All hooks that its class implements, and what it hands to others."""
+        hooks = [name for name in dir(Callback) if getattr(type(callback), name) is not getattr(Callback, name, None)]
+        for name in (*hooks, "_on_optimizer_stepped"):
+            if name.startswith(("on_", "_on_")) and hasattr(callback, name):
+                setattr(callback, name, self.wrap(getattr(callback, name)))
+
+    def watch_classes(self) -> None:
+        """The functions of :data:`_ALWAYS_ON`, in this process from now on."""
+        for cls, names in _ALWAYS_ON.items():
+            for name in names:
+                setattr(cls, name, self.wrap(getattr(cls, name)))
+
+
+def _observed(process: Process, workload: Workload, clock: StepClock) -> dict[str, Any]:
+    """As `gradsync fit` does it."""
+    folder = process.folder
+    callbacks = [
+        CommunicationMonitor(workload.warmup),
+        LineProgress(1),
+        ResultsWriter(folder),
+        Dashboard(),
+        RunSummary(),
+    ]
+    own = OwnTime()
+    for callback in callbacks:
+        own.watch_callback(callback)
+    own.watch_classes()
+    clock.also = lambda: {"observing_ms": own.spent_ms()}
+    return {
+        "callbacks": callbacks,
+        "logger": TensorBoardLogger(folder, name=None, version="run"),
+        "enable_progress_bar": True,
+    }
+
+
+def rows() -> dict[str, LightningLoop]:
+    """Every strategy, observed and not."""
+    made = {}
+    for name in STRATEGIES:
+        made[name] = _with(name, _observed)
+        made[f"{name}_unobserved"] = _with(name, lambda process, workload, clock: {"callbacks": []})
+    return made
+
+
+def _with(name: str, observe: Observe) -> LightningLoop:
+    row = ROWS[name]
+    assert isinstance(row, LightningLoop)
+    return row.observed_by(observe)
