@@ -21,6 +21,7 @@ from .callbacks import (
     ResultsWriter,
     RunSummary,
     StartBanner,
+    TraceWriter,
     default_progress_callbacks,
 )
 from .callbacks.run_environment import strategy_flag
@@ -73,6 +74,13 @@ class GradsyncCLI(LightningCLI):
             help="steps from one progress line to the next where output is no terminal",
         )
 
+        parser.add_argument(
+            "--trace_steps",
+            type=str | None,
+            default=None,
+            help="steps of which trace.json in the run folder shows what every process did, 10-12 for instance",
+        )
+
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -117,6 +125,8 @@ class GradsyncCLI(LightningCLI):
         self._dump_config()
         writer.config = self.config_dump
         callbacks: list[pl.Callback] = [writer, Dashboard(), StartBanner(), RunSummary()]
+        if steps := self._get(self.config, "trace_steps"):
+            callbacks.append(TraceWriter(steps, run_dir))
         given = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])
         if config.get("enable_checkpointing") is not False and not given:
             # At the end of the training epoch: Lightning does not save the epoch's training metrics later.

@@ -10,6 +10,7 @@ from .run_summary import RunSummary
 from .start_banner import StartBanner
 from .step_breakdown import StepBreakdown
 from .throughput_progress_bar import ThroughputProgressBar
+from .trace_writer import TraceWriter
 
 __all__ = [
     "CommunicationMonitor",
@@ -21,6 +22,7 @@ __all__ = [
     "StartBanner",
     "StepBreakdown",
     "ThroughputProgressBar",
+    "TraceWriter",
     "default_progress_callbacks",
     "machine_environment",
     "run_environment",

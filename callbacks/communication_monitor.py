@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, final
 
 import lightning.pytorch as pl
@@ -69,6 +70,15 @@ class CommunicationMonitor(Callback):
     def run_summary(self) -> StepBreakdown | None:
         """Mean of all steps since the fit began."""
         return self._run.mean()
+
+    @property
+    def timeline(self) -> TimelineLike | None:
+        """Where the strategy's figures come from, while a fit runs."""
+        return self._timeline
+
+    def watch_phases(self, on_phase: Callable[[Phase, int, int], None] | None) -> None:
+        """Have every stretch of a phase told (see :attr:`.StepTimer.on_phase`), or no longer."""
+        self._timer.on_phase = on_phase
 
     @property
     def epoch_measured_steps(self) -> int:

@@ -13,12 +13,14 @@ Found by running torch 2.14.1 on gloo:
 
 from __future__ import annotations
 
-from typing import final
+import time
+from typing import Any, final
 
 from torch.nn.parallel import DistributedDataParallel
 
 from ..comm.algorithms.algorithm import ring_bytes
 from ..comm.timeline import StepCommunication
+from ..comm.tracer import COMMUNICATION, Tracer
 
 _NS_PER_MS = 1e6
 
@@ -43,6 +45,7 @@ class DDPTimeline:
         bucket_bytes = (int(size) for size in str(stats["bucket_sizes"]).split(",") if size.strip())
         self._num_bytes = ring_bytes(sum(bucket_bytes), int(stats["world_size"]))
         self._taken = int(stats.get("iteration", 0))
+        self.tracer = Tracer()
 
     def take_step(self) -> StepCommunication | None:
         """The last synchronized iteration, unless it was taken already. Blocks for nothing."""
@@ -53,6 +56,7 @@ class DDPTimeline:
         if iteration == self._taken:
             return None
         self._taken = iteration
+        self._trace(stats)
         total_ns = int(stats.get("backward_comm_time", 0))
         overlap_ns = int(stats.get("backward_compute_comm_overlap_time", 0))
         return StepCommunication(
@@ -61,3 +65,13 @@ class DDPTimeline:
             num_bytes=self._num_bytes,
             total_is_upper_bound=True,
         )
+
+    def _trace(self, stats: dict[str, Any]) -> None:
+        """One span: DDP tells neither buckets nor gaps. Its stamps are of the wall clock."""
+        if self.tracer.recorder is None or not (end_ns := int(stats.get("backward_comm_time_end", 0))):
+            return
+        to_ours = time.perf_counter_ns() - time.time_ns()
+        start_ns = int(stats["backward_comm_time_start"])
+        name = "all_reduce, first start to last end"
+        args = {"bytes": self._num_bytes, "source": "DDP's own statistics, gaps included: an upper bound"}
+        self.tracer.add(name, COMMUNICATION, start_ns + to_ours, end_ns + to_ours, **args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Literal, final
 
 Phase = Literal["data", "compute", "optimizer", "other"]
@@ -23,6 +24,8 @@ class StepTimer:
         self._phase: Phase | None = None
         self._since_ns = 0
         self._spent_ns: dict[Phase, int] = dict.fromkeys(PHASES, 0)
+        self.on_phase: Callable[[Phase, int, int], None] | None = None
+        """Told of every stretch of a phase: its start and end in ``time.perf_counter_ns``."""
 
     def enter(self, phase: Phase) -> None:
         """End the running phase, if any, and start `phase`."""
@@ -45,4 +48,6 @@ class StepTimer:
         now_ns = time.perf_counter_ns()
         if self._phase is not None:
             self._spent_ns[self._phase] += now_ns - self._since_ns
+            if self.on_phase is not None:
+                self.on_phase(self._phase, self._since_ns, now_ns)
         self._since_ns = now_ns

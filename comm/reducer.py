@@ -299,7 +299,8 @@ class GradientReducer:
 
     def _launch(self, bucket: Bucket) -> None:
         start_ns = time.perf_counter_ns()
-        future = self.algorithm.start(bucket)
+        with self.timeline.tracer.range(self.algorithm.operation, bucket=bucket.index()):
+            future = self.algorithm.start(bucket)
         # Nothing of the reducer in there: a thread of the backend runs it, and one that lets go of its own
         # process group last would wait for itself.
         ended: Future[int] = future.then(lambda done: time.perf_counter_ns())
@@ -321,14 +322,20 @@ class GradientReducer:
                 self._collect(slot)
         self._launch_ready()
         for launched in self._pending:
-            launched.bucket.take(launched.future.wait())
-            num_bytes = self.algorithm.num_bytes(launched.bucket)
-            self.timeline.add_span(launched.start_ns, launched.ended.wait(), num_bytes)
+            self._await(launched)
         self._pending.clear()
-        control.wait()
+        with self.timeline.tracer.part("wait for the used parameters"):
+            control.wait()
         self._publish(mask)
         self.num_synchronized += 1
         self.timeline.synchronized()
+
+    def _await(self, launched: _Launched) -> None:
+        bucket, index = launched.bucket, launched.bucket.index()
+        with self.timeline.tracer.part("wait", bucket=index):
+            bucket.take(launched.future.wait())
+        num_bytes, end_ns = self.algorithm.num_bytes(bucket), launched.ended.wait()
+        self.timeline.add_span(launched.start_ns, end_ns, num_bytes, self.algorithm.operation, bucket=index)
 
     def _share_used(self, mask: Tensor) -> dist.Work:
         """Start the control all-reduce of ``mask``, in place: 1 for every parameter that some rank used."""

@@ -19,7 +19,9 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Any, Protocol, final
+
+from .tracer import COMMUNICATION, Tracer
 
 _NS_PER_MS = 1e6
 
@@ -50,7 +52,10 @@ class StepCommunication:
 
 
 class TimelineLike(Protocol):
-    """What callbacks ask of ``strategy.timeline``."""
+    """What callbacks ask of ``strategy.timeline``.
+
+    If it has an attribute ``tracer`` as well (a :class:`.Tracer`), named spans are recorded through that.
+    """
 
     def take_step(self) -> StepCommunication | None:
         """Return what was recorded since the last call and forget it; None if nothing was."""
@@ -75,9 +80,14 @@ _MAX_SPANS = 2**14
 
 @final
 class Timeline:
-    """Collects the spans of the current step. Spans may be added from any thread; the rest from the trainer's."""
+    """Collects the spans of the current step. Spans may be added from any thread; the rest from the trainer's.
+
+    Attributes:
+        tracer: Gets every span with its name, for whoever records them.
+    """
 
     def __init__(self) -> None:
+        self.tracer = Tracer()
         self._lock = threading.Lock()
         self._reset()
 
@@ -89,11 +99,18 @@ class Timeline:
         self._num_bytes = 0
         self._parts: dict[str, float] = {}
 
-    def add_span(self, start_ns: int, end_ns: int, num_bytes: int = 0) -> None:
-        """Record one communication (``time.perf_counter_ns`` stamps) and the bytes it moved on this rank."""
+    def add_span(
+        self, start_ns: int, end_ns: int, num_bytes: int = 0, name: str = "communication", **args: Any
+    ) -> None:
+        """Record one communication (``time.perf_counter_ns`` stamps) and the bytes it moved on this rank.
+
+        ``name`` and ``args`` (JSON-compatible; ``bucket`` becomes part of the name) are what a trace shows.
+        """
         with self._lock:
             self._spans.append((start_ns, end_ns))
             self._num_bytes += num_bytes
+        if self.tracer.recorder is not None:
+            self.tracer.add(name, COMMUNICATION, start_ns, end_ns, bytes=num_bytes, **args)
 
     def gradients_ready(self) -> None:
         """The last local gradient of a backward pass is ready: from here on training waits."""

@@ -26,6 +26,7 @@ from ..comm.memory import keep_freed_memory
 from ..comm.timeline import Timeline
 from ..errors import UserError
 from .control_plane import ControlPlane, GroupControlPlane, LocalControlPlane
+from .profiling import show_in_profiler
 from .rendezvous import connect_store, roll_call, start_default_group
 
 
@@ -189,6 +190,7 @@ class CollectiveStrategy(ParallelStrategy):
         """Convert the module and move it to its device; nothing here talks to another rank."""
         assert self.accelerator is not None
         assert self.model is not None
+        show_in_profiler(self, trainer)
         self.accelerator.setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self._layer_sync is not None:
             if self.root_device.type == "cpu":

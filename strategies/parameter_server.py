@@ -29,6 +29,7 @@ from ..comm.server.naive import NaivePeers
 from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
+from ..comm.tracer import Tracer
 from ..errors import UserError
 from .averaging import refuse_averaging
 from .collective import CollectiveStrategy
@@ -45,6 +46,7 @@ from .store_control_plane import StoreControlPlane
 
 _BYE_LINGER_MS = 60_000
 """How long a worker that leaves may take to hand over the weights. It ends as soon as they are sent."""
+_TRACE_KEY = "trace folder"
 
 
 @final
@@ -354,6 +356,8 @@ class ParameterServerStrategy(CollectiveStrategy):
     def start_fitting(self) -> None:
         self._refuse_unservable()
         self._warn_of_no_effect()
+        if self.is_global_zero and self.timeline.tracer.folder is not None:
+            self._store.set(_TRACE_KEY, self.timeline.tracer.folder)
         client = self._client = self._connect(self._named_parameters(), self._cut())
         assert self.model is not None
         growth = WorkerGrowth(
@@ -461,7 +465,17 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._refuse_unservable()
         assert self.model is not None
         by_name = dict(self.model.named_parameters())
-        self._farewell = self._make_serving().serve(self.optimizers, self._named_parameters(), self._cut(), by_name)
+        serving = self._make_serving()
+        serving.tracer = self._tracer_of_server()
+        self._farewell = serving.serve(self.optimizers, self._named_parameters(), self._cut(), by_name)
+
+    def _tracer_of_server(self) -> Tracer:
+        """If traces are recorded, to where the first worker does: by default folders carry the time."""
+        tracer = self.timeline.tracer
+        if tracer.on_request is not None:
+            self._wait_for_key(_TRACE_KEY)
+            tracer.on_request.open(self._store.get(_TRACE_KEY).decode())
+        return tracer
 
     def _make_serving(self) -> Serving:
         launcher = self._launcher

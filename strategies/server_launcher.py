@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import lightning.pytorch as pl
@@ -12,6 +13,8 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
+
+from .profiling import without_torch_profiler
 
 if TYPE_CHECKING:
     from .parameter_server import ParameterServerStrategy
@@ -44,10 +47,11 @@ class ServerLauncher(_SubprocessScriptLauncher):
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
         assert trainer is not None
-        try:
-            result = function(*args, **kwargs)
-        except ServingDone:
-            return self._end(trainer)
+        with without_torch_profiler(trainer) if self._strategy.is_server else nullcontext():
+            try:
+                result = function(*args, **kwargs)
+            except ServingDone:
+                return self._end(trainer)
         self._strategy.leave(trainer, result)
         return result
 

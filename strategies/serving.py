@@ -18,6 +18,7 @@ from ..comm.server import AsyncServer, ParameterServer, ServerStatistics, SyncSe
 from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut
+from ..comm.tracer import Tracer
 from .server_options import ServerOptions
 from .server_view import ServerView
 
@@ -69,6 +70,8 @@ class Serving:
         self._server: ParameterServer | None = None
         self._first_exit = first_exit
         self._peers = peers
+        self.tracer = Tracer()
+        """Told what is done when."""
         self._applied: list[int] = []
         self._told_progress = 0.0
 
@@ -97,6 +100,7 @@ class Serving:
             for index, group in enumerate(optimizer.param_groups):
                 group["params"] = [piece.tensor for piece in own if of_group[piece.parameter] == index]
         server = self._server = self._make_server(optimizers, name_pieces(named, pieces), by_name)
+        server.trace(self.tracer)
         try:
             return server.serve()
         finally:

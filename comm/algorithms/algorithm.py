@@ -28,7 +28,10 @@ class Algorithm(ABC):
     Attributes:
         scale: What the reducer multiplies a gradient with when it copies it into its bucket. By default
             ``1 / world_size``, as DDP does, so that results agree to the bit; hence an algorithm sums.
+        operation: What traces and profilers call it.
     """
+
+    operation = "all_reduce"
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group

@@ -94,7 +94,7 @@ class Aggregator(ServedOptimizer):
             if self._open[index] == 0 and self._may_step_alone():
                 del self._open[index]
                 self._set_gradients(bucket, self._sum_of(bucket).views, self._flags(bucket))
-                self._step(self._info["clip"])
+                self._step(self._info["clip"], bucket=index)
                 yield bucket, self._any_used(bucket)
         if self._open and not self._may_step_alone() and not any(self._open.values()):
             self._open.clear()
@@ -144,7 +144,8 @@ class Aggregator(ServedOptimizer):
             out = self._sum_of(bucket).buffer()[start:end]
             terms = [tensor_from(frames[worker], self.layout.specs[bucket.index()].dtype) for worker in pushers]
             # widened first: a product with a Python number is rounded to the dtype of the tensor
-            self._sum([term.to(out) for term in terms], out, self._scale(bucket))
+            with self.tracer.part("reduce", bucket=bucket.index(), part=part):
+                self._sum([term.to(out) for term in terms], out, self._scale(bucket))
             del self._frames[bucket.index(), part]
             self._open[bucket.index()] -= 1
         self.reduce_ms += (time.perf_counter_ns() - start_ns) / 1e6

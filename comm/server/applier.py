@@ -73,10 +73,11 @@ class Applier(ServedOptimizer):
         push = self._pushes.pop(worker)
         self._take_settings([_scale_lr(group, lr_factor) for group in push.info["groups"]])
         self.reduce_ms = self.optimizer_ms = 0.0
-        for bucket in self._gradients(worker, push):
-            served = self.layout.buckets[bucket.index()]
-            self._set_gradients(served, bucket.views, push.info["used"][bucket.index()])
-        self._step(push.info["clip"])
+        with self.tracer.part("reduce", worker=worker):
+            for bucket in self._gradients(worker, push):
+                served = self.layout.buckets[bucket.index()]
+                self._set_gradients(served, bucket.views, push.info["used"][bucket.index()])
+        self._step(push.info["clip"], worker=worker)
         self.version += 1
 
     def _gradients(self, worker: int, push: _Push) -> Iterator[Bucket]:

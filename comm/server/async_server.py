@@ -112,9 +112,7 @@ class AsyncServer(ParameterServer):
 
     @override
     def _push(self, worker: int, message: Message) -> None:
-        payload = self._payload(worker, message)
-        self.served[message.optimizer].add(worker, message.bucket, message.part, payload)
-        self.statistics.received_bytes += len(payload)
+        self.statistics.received_bytes += self._take_part(worker, message)
         self._apply_if_complete(worker, message.optimizer)
 
     def _apply_if_complete(self, worker: int, number: int) -> None:

@@ -86,6 +86,8 @@ class WorkerClient:
         self._num_steps = 0
         self.version = 0
         """Steps of all workers that these parameters have seen; counted in async and bounded mode."""
+        self.number = 0
+        """Of the server, for traces."""
         self._rank = rank
         self._timeout_s = timeout_s + _GRACE_S
         self._timeline = timeline
@@ -147,6 +149,8 @@ class WorkerClient:
         used = [[p.grad is not None for p in bucket.parameters()] for bucket in layout.buckets]
         self._num_steps += 1
         info = {"used": used, "groups": groups, "clip": clip, "sequence": self._num_steps}
+        if self._timeline.tracer.recorder is not None:
+            info["recorded"] = True
         self._send(Message(Kind.STEP, number, info=info))
         return self._push(number, used) if self._peers is None else self._push_pull(self._peers, layout)
 
@@ -267,11 +271,12 @@ class WorkerClient:
         for bucket, part, start, end in self._layouts[number].all_parts():
             if any(used[bucket.index()]):
                 gradients = [p.grad for p in bucket.parameters()]
-                is_narrowed = self._layouts[number].is_narrowed(bucket)
-                payload = self._payload(bucket, gradients, start, end, 1.0 if is_narrowed else self._scale)
-                if is_narrowed and (lost := check_gradients(bucket, gradients, start, end, self._names)):
-                    self._warn_once(lost)
-                self._send(Message(Kind.PUSH, number, bucket.index(), part, payload=payload))
+                with self._timeline.tracer.part("push", bucket=bucket.index(), part=part, server=self.number):
+                    is_narrowed = self._layouts[number].is_narrowed(bucket)
+                    payload = self._payload(bucket, gradients, start, end, 1.0 if is_narrowed else self._scale)
+                    if is_narrowed and (lost := check_gradients(bucket, gradients, start, end, self._names)):
+                        self._warn_once(lost)
+                    self._send(Message(Kind.PUSH, number, bucket.index(), part, payload=payload))
                 num_bytes += (end - start) * bucket.buffer().element_size()
         return num_bytes
 
@@ -303,15 +308,18 @@ class WorkerClient:
         Returns the time of the first reply in ns, the bytes, and the server's times.
         """
         first_ns = num_bytes = 0
+        tracer = self._timeline.tracer
         while True:
-            message = self._receive()
+            with tracer.part("wait", server=self.number):
+                message = self._receive()
             first_ns = first_ns or time.perf_counter_ns()
             if message.kind == Kind.DONE:
                 self.version = message.info.get("version", self.version)
                 return first_ns, num_bytes, message.info
             if message.kind != Kind.PULL or message.optimizer != number:
                 raise ProtocolError(f"expected PULL from the server, got {message.kind.name}")
-            num_bytes += self._store(number, message, are_exact)
+            with tracer.part("pull", bucket=message.bucket, part=message.part, server=self.number):
+                num_bytes += self._store(number, message, are_exact)
 
     @torch.no_grad()
     def _store(self, number: int, message: Message, is_exact: bool) -> int:
@@ -367,9 +375,10 @@ def step_together(
     pulls = [client.pull(number) for client in clients]
     end_ns = time.perf_counter_ns()
     timeline.synchronized()
-    timeline.add_span(start_ns, end_ns, num_bytes + sum(pulled for _, pulled, _ in pulls))
     first_ns = min(first for first, _, _ in pulls)
     slowest = {name: max(times[name] for _, _, times in pulls) for name in pulls[0][2]}
+    num_bytes += sum(pulled for _, pulled, _ in pulls)
+    timeline.add_span(start_ns, end_ns, num_bytes, "exchange", server_optimizer_ms=slowest["optimizer_ms"])
     push_ms = max((pushed_ns - start_ns) / 1e6, slowest["receive_ms"])
     pull_ms = (end_ns - first_ns) / 1e6
     timeline.add_parts(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..buckets import Bucket, BufferSpec, make_buckets
+from ..tracer import Tracer
 from .layout import Layout
 from .protocol import ProtocolError
 from .wire import make_buffers
@@ -30,6 +31,7 @@ class ServedOptimizer(ABC):
 
     Attributes:
         sum_over_servers: Adds up a number over all servers of the run; blocks. For the norm of the whole gradient.
+        tracer: Told what is done when; the server sets it.
     """
 
     sum_over_servers: Callable[[float], float] | None = None
@@ -47,6 +49,7 @@ class ServedOptimizer(ABC):
         self.layout = Layout(parameters, part_mib, wire_dtype=wire_dtype)
         self._num_workers = num_workers
         self._shared: dict[int, list[Bucket]] = {}
+        self.tracer = Tracer()
         self._known: dict[int, int] = {}
         self._extents = [(len(optimizer.param_groups), len(self.layout.buckets))]
         """How many parameter groups and buckets there were at the start, and after each growth."""
@@ -167,9 +170,14 @@ class ServedOptimizer(ABC):
         for parameter, gradient, used in zip(bucket.parameters(), gradients, flags, strict=True):
             parameter.grad = gradient if used else None
 
-    def _step(self, clip: dict[str, Any]) -> None:
-        """Clip and step whatever has a gradient."""
+    def _step(self, clip: dict[str, Any], **of: int) -> None:
+        """Clip and step whatever has a gradient: ``of`` which bucket or worker, for traces."""
         start_ns = time.perf_counter_ns()
+        with self.tracer.part("optimizer", **of):
+            self._clip_and_step(clip)
+        self.optimizer_ms += (time.perf_counter_ns() - start_ns) / 1e6
+
+    def _clip_and_step(self, clip: dict[str, Any]) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if clip["algorithm"] == "norm":
             self._clip_norm(parameters, clip["value"])
@@ -179,7 +187,6 @@ class ServedOptimizer(ABC):
             self.optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-        self.optimizer_ms += (time.perf_counter_ns() - start_ns) / 1e6
 
     def _clip_norm(self, parameters: list[Tensor], max_norm: float) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ..buckets import Bucket, BufferSpec
 from ..packing import MalformedTree, pack_tree, tensor_bytes, tensor_from, unpack_tree
+from ..tracer import Tracer
 from .checks import check_fields, check_settings
 from .growth import Growths
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
@@ -96,6 +97,13 @@ class ParameterServer(ABC):
         self._left: dict[int, Any] = {}
         self._waiting_since: float | None = time.monotonic()
         self.statistics = ServerStatistics(num_workers)
+        self.trace(Tracer())
+
+    def trace(self, tracer: Tracer) -> None:
+        """Let ``tracer`` know what is done when; before :meth:`serve`."""
+        self.tracer = tracer
+        for served in self.served:
+            served.tracer = tracer
 
     # -- what a mode decides ---------------------------------------------------------------------------------
 
@@ -154,6 +162,8 @@ class ParameterServer(ABC):
         self._check_turn(worker, message)
         if message.kind == Kind.STEP:
             check_settings(worker, message.info["groups"], self.served[message.optimizer].groups_of(worker))
+            if message.info.get("recorded") is True:
+                self.tracer.requested(worker)
         _HANDLERS[message.kind](self, worker, message)
 
     def _check_turn(self, worker: int, message: Message) -> None:
@@ -174,6 +184,8 @@ class ParameterServer(ABC):
 
     def _send(self, worker: int, message: Message) -> None:
         self._socket.send_multipart([str(worker).encode(), *message.frames()], copy=False)
+        if message.kind == Kind.DONE:
+            self.tracer.answered(worker)
 
     def _tell_all(self, message: Message) -> None:
         for worker in self._greeted - self._left.keys():
@@ -311,6 +323,13 @@ class ParameterServer(ABC):
                 self._send_values(message.optimizer, bucket, [worker])
         self._send(worker, Message(Kind.DONE, message.optimizer, info={}))
 
+    def _take_part(self, worker: int, message: Message) -> int:
+        """Keep a part of a push; returns its bytes."""
+        with self.tracer.part("receive", bucket=message.bucket, part=message.part, worker=worker):
+            payload = self._payload(worker, message)
+            self.served[message.optimizer].add(worker, message.bucket, message.part, payload)
+        return len(payload)
+
     def _send_exact_values(self, number: int, bucket: Bucket, worker: int) -> None:
         """The bucket's parameters unrounded, in a message even where there is shared memory."""
         served = self.served[number]
@@ -323,6 +342,10 @@ class ParameterServer(ABC):
 
     def _send_values(self, number: int, bucket: Bucket, workers: Iterable[int]) -> None:
         """The bucket's current parameters as they travel, to ``workers``."""
+        with self.tracer.part("send", bucket=bucket.index(), workers=list(workers)):
+            self._send_parts(number, bucket, workers)
+
+    def _send_parts(self, number: int, bucket: Bucket, workers: Iterable[int]) -> None:
         served = self.served[number]
         start_ns = time.perf_counter_ns()
         for part, (start, end) in enumerate(served.layout.parts(bucket)):

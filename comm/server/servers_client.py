@@ -53,6 +53,8 @@ class ServersClient:
         timeline: Timeline,
     ) -> None:
         self._clients = clients
+        for number, client in enumerate(clients):
+            client.number = number
         self._pieces = pieces
         self._cuts = cuts
         self._parameters = parameters

@@ -103,10 +103,9 @@ class SyncServer(ParameterServer):
 
     @override
     def _push(self, worker: int, message: Message) -> None:
-        payload = self._payload(worker, message)
-        self.served[message.optimizer].add(worker, message.bucket, message.part, payload)
+        num_bytes = self._take_part(worker, message)
         self._pushed_at[worker] = (self._pushed_at[worker][0], time.perf_counter_ns())
-        self.statistics.received_bytes += len(payload)
+        self.statistics.received_bytes += num_bytes
         self._advance(message.optimizer, message.bucket)
 
     def _advance(self, number: int, bucket_index: int | None) -> None:

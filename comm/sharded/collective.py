@@ -47,6 +47,8 @@ class _Rows:
 class CollectiveReduceScatter(BlockingAlgorithm):
     """One reduce-scatter per bucket. Gloo's has no future: a thread waits for it."""
 
+    operation = "reduce_scatter"
+
     def __init__(self, group: dist.ProcessGroup, plans: Sequence[ShardPlan]) -> None:
         super().__init__(group)
         self._plans = plans
@@ -91,16 +93,18 @@ class CollectiveTransport(Transport):
         rows.fill(self.values[index], self.rank)
         start_ns = time.perf_counter_ns()
         own = rows.matrix[self.rank].clone()  # gloo wants the input outside of the output
-        work = _all_gather(rows.matrix.view(-1), own, group=self._group, async_op=True)
+        with self._timeline.tracer.range("all_gather", bucket=index):
+            work = _all_gather(rows.matrix.view(-1), own, group=self._group, async_op=True)
         assert work is not None
         self._pending.append((index, start_ns, work))
 
     @override
     def end_step(self) -> None:
-        with self._waiting():
+        with self._waiting("wait for all parameters"):
             for index, start_ns, work in self._pending:
                 work.wait()
-                self._timeline.add_span(start_ns, time.perf_counter_ns(), self.num_bytes(index))
+                end_ns, num_bytes = time.perf_counter_ns(), self.num_bytes(index)
+                self._timeline.add_span(start_ns, end_ns, num_bytes, "all_gather", bucket=index)
                 for rank in range(self.world_size):
                     if rank != self.rank:
                         self._rows[index].empty(self.values[index], rank)

@@ -52,6 +52,8 @@ class SharedMemoryReduceScatter(SharedMemoryAlgorithm):
         PeerLost: (the futures) a peer has ended or does not come.
     """
 
+    operation = "reduce_scatter"
+
     def __init__(self, group: dist.ProcessGroup, ranks: HostGroup, plans: Sequence[ShardPlan], arenas: _Arenas) -> None:
         super().__init__(group)
         self._ranks, self._plans, self._arenas = ranks, plans, arenas
@@ -154,7 +156,7 @@ class SharedMemoryTransport(Transport):
         self._ranks.ring(_ENTERED)
         self._all_entered = False
         if self._in_place:
-            with self._waiting():
+            with self._waiting("wait for all ranks to enter"):
                 self._await_entered()
 
     @override
@@ -162,7 +164,7 @@ class SharedMemoryTransport(Transport):
         if self._in_place:
             return
         start, end = self.plans[index].slices[self.rank]
-        with self._waiting(self.num_bytes(index)):
+        with self._waiting("all_gather", self.num_bytes(index), bucket=index):
             self._await_entered()
             own = self.values[index][start:end]
             for rank, arena in enumerate(self._arenas[index]):
@@ -176,7 +178,7 @@ class SharedMemoryTransport(Transport):
 
     @override
     def end_step(self) -> None:
-        with self._waiting():
+        with self._waiting("wait for all parameters"):
             self._await_entered()
             self._ranks.ring(_WRITTEN)
             self._ranks.wait(_WRITTEN)

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -52,12 +53,13 @@ class Transport(ABC):
         return one_way_bytes(self.plans[index], self.rank)
 
     @contextmanager
-    def _waiting(self, num_bytes: int = 0) -> Iterator[None]:
-        """Communication for which training waits, within the optimizer's step."""
+    def _waiting(self, name: str, num_bytes: int = 0, **args: Any) -> Iterator[None]:
+        """Communication for which training waits, within the optimizer's step; ``name``, ``args``: for traces."""
         start_ns = time.perf_counter_ns()
-        yield
+        with self._timeline.tracer.range(name, **args):
+            yield
         end_ns = time.perf_counter_ns()
-        self._timeline.add_span(start_ns, end_ns, num_bytes)
+        self._timeline.add_span(start_ns, end_ns, num_bytes, name, **args)
         self._timeline.waited_in_optimizer_step(start_ns, end_ns)
 
 
