@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -16,31 +15,25 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..comm.optimizers import is_elementwise
 from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient, WorkerGrowth
-from ..comm.server.collective import CollectivePeers
-from ..comm.server.layout import travelling_dtype
-from ..comm.server.naive import NaivePeers
-from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
 from ..comm.tracer import Tracer
 from ..errors import UserError
-from .averaging import refuse_averaging
 from .collective import CollectiveStrategy
 from .last_words import last_words, take_over
 from .metric_sync import MetricSync
 from .rendezvous import roll_call
+from .server_connection import ServerConnection
 from .server_launcher import ServerLauncher, ServingDone
 from .server_options import ServerOptions
-from .server_sockets import ServerSockets
+from .server_refusals import refuse_optimizers, refuse_settings, warn_of_no_effect
 from .server_tensorboard import announce
-from .server_watch import ServerWatch
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 
@@ -121,10 +114,8 @@ class ParameterServerStrategy(CollectiveStrategy):
         self.in_lockstep = self._options.is_sync
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
-        self._sockets: ServerSockets | None = None
-        self._watch: ServerWatch | None = None
+        self._connection: ServerConnection | None = None
         self._client: ServersClient | None = None
-        self._peers: Peers | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
 
     # -- topology --------------------------------------------------------------------------------------------
@@ -201,41 +192,23 @@ class ParameterServerStrategy(CollectiveStrategy):
     def connect_processes(self) -> None:
         """The server binds its socket and hosts the store; the workers form the default group among themselves."""
         self.join_store()
-        self._sockets = ServerSockets()
+        connection = self._connection = ServerConnection(self._store, self.process_rank, self.num_servers)
         if self.is_server:
-            endpoint = self._sockets.bind(over_tcp=self.options["transport"] == "tcp")
-            self._store.set(f"pid {self.process_rank}", str(os.getpid()))
-            self._store.set(f"endpoint {self.process_rank}", endpoint)
+            connection.bind(over_tcp=self.options["transport"] == "tcp")
             if self.process_rank > 0:
-                self._watch_servers([0], [endpoint])
+                connection.watch([0], speaks_for=[])
         else:
-            endpoints = [self._store.get(f"endpoint {server}").decode() for server in range(self.num_servers)]
-            self._watch_servers(range(self.num_servers), endpoints)
+            connection.find()
+            connection.watch(range(self.num_servers), self._speaks_for())
             self.join_workers()
-            self._sockets.connect(endpoints, self.global_rank)
-        self._peers = self._meet_peers()
+            connection.connect(self.global_rank)
+        timeouts = (self.start_timeout, self.step_timeout)
+        connection.meet_peers(self.options["transport"], self.world_size, self.process_group_backend, *timeouts)
 
-    def _meet_peers(self) -> Peers | None:
-        """What moves gradients and parameters if the socket does not; blocks until all processes are here."""
-        store, rank, size = dist.PrefixStore("peers", self._store), self.process_rank, self.world_size + 1
-        if self.options["transport"] == "naive":
-            return NaivePeers(store, rank, size, self.start_timeout)
-        if self.options["transport"] == "collective":
-            backend = self.process_group_backend
-            return CollectivePeers(store, rank, size, backend, self.start_timeout, self.step_timeout)
-        return None
-
-    def _watch_servers(self, servers: Sequence[int], endpoints: list[str]) -> None:
+    def _speaks_for(self) -> list[int]:
         """The first worker tells whose end nobody else would: server 0 names its children, torchrun only ranks."""
         external = not isinstance(self.cluster_environment, LightningEnvironment)
-        speaks_for = [s for s in servers if self.global_rank == 0 and (s == 0 or external)]
-        pids = {server: int(self._store.get(f"pid {server}")) for server in servers}
-        self._watch = ServerWatch(pids, speaks_for, endpoints)
-
-    def _stop_watching(self) -> None:
-        if self._watch is not None:
-            self._watch.stop()
-        self._watch = None
+        return [s for s in range(self.num_servers) if self.global_rank == 0 and (s == 0 or external)]
 
     def join_workers(self) -> None:
         """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
@@ -270,12 +243,7 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise UserError(
-                "--trainer.precision 16-mixed does not work with --trainer.strategy parameter_server: a loss scaler "
-                "may skip a step on one worker only; use bf16-mixed"
-            )
-        self._refuse_averaging(trainer)
+        refuse_settings(self._options, trainer, self.precision_plugin)
         if self.is_server:
             self._serve(trainer)
             raise ServingDone
@@ -291,23 +259,6 @@ class ParameterServerStrategy(CollectiveStrategy):
         super().teardown()
         if self._metric_sync is not None:
             self._metric_sync.detach()
-
-    def _refuse_averaging(self, trainer: pl.Trainer) -> None:
-        """Where fetching parameters would overwrite the average, or all workers would swap the same memory."""
-        flag, options = "--trainer.strategy.", self._options
-        if not options.is_sync:
-            refuse_averaging(trainer, f"{flag}mode {options.mode}", f"use {flag}mode sync")
-        if options.share_parameters:
-            refuse_averaging(trainer, f"{flag}share_parameters", "leave it out")
-        if options.wire_dtype is not None:
-            refuse_averaging(trainer, f"{flag}wire_dtype {options.wire_dtype}", "leave it out")
-
-    def _refuse_unservable(self) -> None:
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):
-            raise UserError(
-                "LBFGS evaluates the model again within a step, which the parameter server cannot: "
-                "use --trainer.strategy manual_allreduce or another optimizer"
-            )
 
     def _named_parameters(self) -> list[list[tuple[str, Tensor]]]:
         """Per optimizer, its parameters in order with their names in the module."""
@@ -330,7 +281,7 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     def _connect(self, named: list[Named], cuts: list[list[list[Cut]]]) -> ServersClient:
         """To all servers; blocks until they have seen all workers. See :class:`.ServersClient` for the arguments."""
-        assert self._sockets is not None
+        assert self._connection is not None
         pieces = [pieces_of(named, cuts, server) for server in range(self.num_servers)]
         clients = [
             WorkerClient(
@@ -340,13 +291,13 @@ class ParameterServerStrategy(CollectiveStrategy):
                 self.step_timeout.total_seconds(),
                 self._part_mib,
                 self.timeline,
-                self._peers,
+                self._connection.peers,
                 self.world_size if self._shares_memory else None,
                 self.in_lockstep,
                 self._options.dtype_on_wire,
                 self._shares_parameters,
             )
-            for socket, own in zip(self._sockets.sockets, pieces, strict=True)
+            for socket, own in zip(self._connection.sockets, pieces, strict=True)
         ]
         client = ServersClient(clients, pieces, cuts, [[p for _, p in own] for own in named], self.timeline)
         client.start()
@@ -354,8 +305,8 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     @override
     def start_fitting(self) -> None:
-        self._refuse_unservable()
-        self._warn_of_no_effect()
+        refuse_optimizers(self.optimizers)
+        warn_of_no_effect(self._options, (p for named in self._named_parameters() for _, p in named if p.requires_grad))
         if self.is_global_zero and self.timeline.tracer.folder is not None:
             self._store.set(_TRACE_KEY, self.timeline.tracer.folder)
         client = self._client = self._connect(self._named_parameters(), self._cut())
@@ -366,15 +317,6 @@ class ParameterServerStrategy(CollectiveStrategy):
         self.optimizers = [RemoteOptimizer(inner, client, n, growth) for n, inner in enumerate(self.optimizers)]
         if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
             self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _warn_of_no_effect(self) -> None:
-        wire_dtype = self._options.dtype_on_wire
-        travel = [p for named in self._named_parameters() for _, p in named if p.requires_grad]
-        if wire_dtype is not None and all(travelling_dtype(p.dtype, wire_dtype) == p.dtype for p in travel):
-            rank_zero_warn(
-                f"--trainer.strategy.wire_dtype {self._options.wire_dtype} has no effect: no trained parameter is of a "
-                "wider float dtype"
-            )
 
     @override
     def on_train_start(self) -> None:
@@ -462,7 +404,7 @@ class ParameterServerStrategy(CollectiveStrategy):
             self.setup_optimizers(trainer)
             self.setup_precision_plugin()
             _optimizers_to_device(self.optimizers, self.root_device)
-        self._refuse_unservable()
+        refuse_optimizers(self.optimizers)
         assert self.model is not None
         by_name = dict(self.model.named_parameters())
         serving = self._make_serving()
@@ -480,19 +422,19 @@ class ParameterServerStrategy(CollectiveStrategy):
     def _make_serving(self) -> Serving:
         launcher = self._launcher
         assert isinstance(launcher, ServerLauncher)
-        assert self._sockets is not None
+        assert self._connection is not None
         return Serving(
             self._options,
             self.process_rank,
             self._store,
-            self._sockets.sockets[0],
+            self._connection.sockets[0],
             self.world_size,
             self.step_timeout,
             self._part_mib,
             self._shares_memory,
             self._log_every,
             launcher.first_exit_code,
-            self._peers,
+            self._connection.peers,
         )
 
     # -- leaving ---------------------------------------------------------------------------------------------
@@ -508,7 +450,8 @@ class ParameterServerStrategy(CollectiveStrategy):
             # all of it: callbacks may have changed in this process what the servers have (averaged weights)
             assert self.lightning_module is not None
             state = self.lightning_module.state_dict() if trainer.state.fn == TrainerFn.FITTING else {}
-        self._stop_watching()  # a server that has seen all workers leave ends
+        assert self._connection is not None
+        self._connection.stop_watching()  # a server that has seen all workers leave ends
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
 
@@ -532,16 +475,15 @@ class ParameterServerStrategy(CollectiveStrategy):
         """Tell the other side why, then let go of everything without waiting."""
         if self._client is not None:
             self._client.fail(f"{type(exception).__name__}: {exception}")
-        if self._peers is not None:
-            self._peers.abort()
+        if self._connection is not None and self._connection.peers is not None:
+            self._connection.peers.abort()
         if isinstance(self._launcher, ServerLauncher):
             self._launcher.end_children()
         self._close(1000)
 
     def _close(self, linger_ms: int) -> None:
-        self._stop_watching()
         if self._client is not None:
             self._client.release()
-        if self._sockets is not None:
-            self._sockets.close(linger_ms)
-        self._sockets = self._client = self._peers = None
+        if self._connection is not None:
+            self._connection.close(linger_ms)
+        self._connection = self._client = None

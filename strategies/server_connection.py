@@ -1,0 +1,103 @@
+"""What ties a process to the others of one run of the parameter server, beside the store: sockets, peers, a watch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import final
+
+import torch.distributed as dist
+import zmq
+
+from ..comm.server.collective import CollectivePeers
+from ..comm.server.naive import NaivePeers
+from ..comm.server.peers import Peers
+from .rendezvous import make_socket_folder, remove_socket_folder
+from .server_watch import ServerWatch
+
+
+@final
+class ServerConnection:
+    """Made after the processes were started: a ZeroMQ context does not survive a fork.
+
+    Args:
+        store: Of this run.
+        process_rank: Among all processes, of which the first are the servers.
+        num_servers: How many they are.
+
+    Attributes:
+        sockets: Of a server the only one (ROUTER); of a worker one per server (DEALER).
+        peers: What moves gradients and parameters if the sockets do not.
+    """
+
+    def __init__(self, store: dist.Store, process_rank: int, num_servers: int) -> None:
+        self._store = store
+        self._process_rank = process_rank
+        self._num_servers = num_servers
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.sockets: list[zmq.Socket[bytes]] = []
+        self.peers: Peers | None = None
+        self._endpoints: list[str] = []
+        self._watch: ServerWatch | None = None
+
+    def bind(self, over_tcp: bool) -> None:
+        """Server: listen on loopback, or on a Unix socket in a private folder, and say where."""
+        socket = self._make(zmq.ROUTER)
+        socket.router_mandatory = True
+        if over_tcp:
+            self._endpoints = [f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"]
+        else:
+            self._endpoints = [f"ipc://{make_socket_folder() / 'server'}"]
+            socket.bind(self._endpoints[0])
+        self._store.set(f"pid {self._process_rank}", str(os.getpid()))
+        self._store.set(f"endpoint {self._process_rank}", self._endpoints[0])
+
+    def find(self) -> None:
+        """Worker: where all servers listen; blocks until they do."""
+        self._endpoints = [self._store.get(f"endpoint {server}").decode() for server in range(self._num_servers)]
+
+    def connect(self, rank: int) -> None:
+        """Worker ``rank``: to all servers that were found."""
+        for endpoint in self._endpoints:
+            socket = self._make(zmq.DEALER)
+            socket.routing_id = str(rank).encode()
+            socket.connect(endpoint)
+
+    def _make(self, kind: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)  # what is under way is bounded by one step; dropping would lose gradients
+        self.sockets.append(socket)
+        return socket
+
+    def meet_peers(
+        self, transport: str, num_workers: int, backend: str, start_timeout: timedelta, step_timeout: timedelta
+    ) -> None:
+        """For ``transport`` naive and collective; blocks until server and workers are here."""
+        store, rank, size = dist.PrefixStore("peers", self._store), self._process_rank, num_workers + 1
+        if transport == "naive":
+            self.peers = NaivePeers(store, rank, size, start_timeout)
+        elif transport == "collective":
+            self.peers = CollectivePeers(store, rank, size, backend, start_timeout, step_timeout)
+
+    # -- servers that die ------------------------------------------------------------------------------------
+
+    def watch(self, servers: Sequence[int], speaks_for: Sequence[int]) -> None:
+        """End with ``servers``, and tell of the end of ``speaks_for``: see :class:`.ServerWatch`."""
+        pids = {server: int(self._store.get(f"pid {server}")) for server in servers}
+        self._watch = ServerWatch(pids, speaks_for, self._endpoints)
+
+    def stop_watching(self) -> None:
+        """From now on servers may end."""
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = None
+
+    # -- the end ---------------------------------------------------------------------------------------------
+
+    def close(self, linger_ms: int) -> None:
+        """Let go of all, giving what was sent at most ``linger_ms`` to leave."""
+        self.stop_watching()
+        self._context.destroy(linger_ms)
+        for endpoint in self._endpoints:
+            remove_socket_folder(endpoint)
