@@ -47,6 +47,8 @@ class ServerView:
     def on_step(self, statistics: ServerStatistics) -> None:
         """After every step."""
         self._next_alarm_s = _FIRST_ALARM_S
+        if self._every:
+            self._open()
         if self._every and statistics.total_steps % self._every == 0:
             interval = statistics.take()
             self._say(" | ".join([_line(interval, self._is_sync), *map(_last_seen, statistics.lagging())]))
@@ -76,14 +78,17 @@ class ServerView:
 
     def _write(self, interval: Interval, workers: list[WorkerFigures]) -> None:
         self._unwritten.append((interval, workers))
-        if self._board is None and is_announced(self._store):
-            folder = self._name.replace(" ", "_")
-            steps_per_worker_step = 1 if self._is_sync else self._num_workers
-            self._board = ServerTensorBoard(self._store, folder, steps_per_worker_step, not self._is_sync)
         if self._board is not None:
             for point in self._unwritten:
                 self._board.write(*point)
             self._unwritten.clear()
+
+    def _open(self) -> None:
+        """As early as it can be: at the end of the run the store may have gone with the first server."""
+        if self._board is None and is_announced(self._store):
+            folder = self._name.replace(" ", "_")
+            steps_per_worker_step = 1 if self._is_sync else self._num_workers
+            self._board = ServerTensorBoard(self._store, folder, steps_per_worker_step, not self._is_sync)
 
     def _show(self, workers: list[WorkerFigures]) -> None:
         rows = [table_row(figures, shows_staleness=not self._is_sync) for figures in workers]
