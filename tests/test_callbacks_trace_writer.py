@@ -36,7 +36,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("parameter_server", 3, {"transport": "tcp", "part_mib": 0.001}),
     ("parameter_server", 3, {"transport": "naive"}),
     ("parameter_server", 3, {"transport": "collective"}),
-    ("parameter_server", 3, {"wire_dtype": "bf16"}),
+    ("parameter_server", 3, {"wire_dtype": "bfloat16"}),
     ("parameter_server", 3, {"mode": "async"}),
     ("parameter_server", 4, {"servers": 2}),
 ]
