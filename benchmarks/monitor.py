@@ -2,10 +2,11 @@
 
     python benchmarks/monitor.py --ranks 2 --image-size 64 --batch-size 8
 
-Every strategy trains with all of them, to TensorBoard and to a result file, and without any; rows take turns as in
-`step.py`. The time within hooks and timers is measured directly (observing_ms, share_pct of a step), which is exact to
-microseconds where the ratio of images/s drowns in noise; that ratio stands beside it. Ranks exchange three numbers
-where figures are logged, every 10 steps: waiting for the slower rank there is counted as observing.
+Every strategy trains with all of them, to TensorBoard and to a result file, with every step recorded for a trace as
+well (_traced), and without any; rows take turns as in `step.py`. The time within hooks and timers is measured directly
+(observing_ms, share_pct of a step), which is exact to microseconds where the ratio of images/s drowns in noise; that
+ratio stands beside it. Ranks exchange three numbers where figures are logged, every 10 steps: waiting for the slower
+rank there is counted as observing.
 """
 
 from __future__ import annotations
@@ -41,17 +42,22 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def tabulate(rounds: harness.Rounds, strategies: list[str]) -> harness.Summary:
-    """Per strategy: what watching takes of a step, and images/s against those of the row that nobody watches."""
+    """Per watched row: what watching takes of a step, and images/s against those of the row that nobody watches."""
     summary: harness.Summary = {}
-    for name in strategies:
-        values = rounds.summary((f"{name}_unobserved",), "images_per_s")
-        if name in values and f"{name}_unobserved" in values:
-            row = values[name]
-            share = {key: 100 * row["observing_ms"][key] / row["step_ms"]["median"] for key in ("median", "min", "max")}
-            ratio = row[f"ratio_to_{name}_unobserved"]
-            kept = {key: row[key] for key in ("images_per_s", "step_ms", "observing_ms")}
-            summary[name] = {**kept, "share_pct": share, "ratio_to_unobserved": ratio}
+    for strategy in strategies:
+        base = f"{strategy}_unobserved"
+        values = rounds.summary((base,), "images_per_s")
+        for name in (strategy, f"{strategy}_traced"):
+            if name in values and base in values:
+                summary[name] = _row(values[name], values[name][f"ratio_to_{base}"])
     return summary
+
+
+def _row(values: dict[str, dict[str, float]], ratio: dict[str, float]) -> dict[str, dict[str, float]]:
+    step_ms = values["step_ms"]["median"]
+    share = {key: 100 * value / step_ms for key, value in values["observing_ms"].items()}
+    kept = {key: values[key] for key in ("images_per_s", "step_ms", "observing_ms")}
+    return {**kept, "share_pct": share, "ratio_to_unobserved": ratio}
 
 
 def main() -> int:
@@ -69,7 +75,7 @@ def main() -> int:
     live = {
         name: LiveRow(row, workload, arguments.ranks, arguments.timeout_s)
         for name, row in monitor_rows.rows().items()
-        if name.removesuffix("_unobserved") in arguments.strategies
+        if name.removesuffix("_unobserved").removesuffix("_traced") in arguments.strategies
     }
     rounds, _ = measure(live, arguments.rounds)
     environment = {**machine_environment(), "load_average_before": load_before, "stolen_pct": stolen.pct()}

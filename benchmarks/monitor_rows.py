@@ -12,7 +12,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from training_rows import ROWS, LightningLoop, Observe, StepClock, Workload
 
-from gradsync.callbacks import CommunicationMonitor, Dashboard, DDPTimeline, LineProgress, ResultsWriter, RunSummary
+from gradsync.callbacks import (
+    CommunicationMonitor,
+    Dashboard,
+    DDPTimeline,
+    LineProgress,
+    ResultsWriter,
+    RunSummary,
+    TraceWriter,
+)
+from gradsync.callbacks.span_file import SpanFile
 from gradsync.callbacks.step_timer import StepTimer
 from gradsync.comm import Timeline
 
@@ -20,6 +29,7 @@ STRATEGIES = ("ddp", "manual_allreduce", "sharded_server", "parameter_server")
 _ALWAYS_ON = {
     StepTimer: ("enter",),
     DDPTimeline: ("take_step",),
+    SpanFile: ("add", "flush"),
     Timeline: ("add_span", "gradients_ready", "synchronized", "waited_in_optimizer_step", "add_parts", "take_step"),
 }
 """What runs outside of callbacks' hooks, with or without callbacks."""
@@ -64,7 +74,12 @@ class OwnTime:
                 setattr(cls, name, self.wrap(getattr(cls, name)))
 
 
-def _observed(process: Process, workload: Workload, clock: StepClock) -> dict[str, Any]:
+def _traced(process: Process, workload: Workload, clock: StepClock) -> dict[str, Any]:
+    """The same, and every step is recorded for a trace."""
+    return _observed(process, workload, clock, TraceWriter(f"2-{workload.total_steps}", process.folder))
+
+
+def _observed(process: Process, workload: Workload, clock: StepClock, *more: Callback) -> dict[str, Any]:
     """As `gradsync fit` does it."""
     folder = process.folder
     callbacks = [
@@ -73,6 +88,7 @@ def _observed(process: Process, workload: Workload, clock: StepClock) -> dict[st
         ResultsWriter(folder),
         Dashboard(),
         RunSummary(),
+        *more,
     ]
     own = OwnTime()
     for callback in callbacks:
@@ -87,10 +103,11 @@ def _observed(process: Process, workload: Workload, clock: StepClock) -> dict[st
 
 
 def rows() -> dict[str, LightningLoop]:
-    """Every strategy, observed and not."""
+    """Every strategy: observed, traced as well, and neither."""
     made = {}
     for name in STRATEGIES:
         made[name] = _with(name, _observed)
+        made[f"{name}_traced"] = _with(name, _traced)
         made[f"{name}_unobserved"] = _with(name, lambda process, workload, clock: {"callbacks": []})
     return made
 
