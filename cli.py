@@ -25,7 +25,7 @@ _COMMANDS = {
     "test": "evaluate on the test set",
     "predict": "predict with a trained model",
     "compare": "train under several strategies, one after another, and report what each costs",
-    "report": "make tables, plots and text from the result files of a folder",
+    "report": "make tables, plots, text and a page from the result files of a folder, or compare two folders",
 }
 
 

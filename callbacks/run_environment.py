@@ -41,6 +41,7 @@ def run_environment(trainer: pl.Trainer) -> dict[str, Any]:
         "accelerator": trainer.strategy.root_device.type,
         "strategy_options": strategy_options(trainer.strategy),
         "seed": int(seed) if seed else None,
+        "load_average": list(os.getloadavg()),
     }
 
 

@@ -41,7 +41,7 @@ COMM_KEYS = {
 }
 ENVIRONMENT_KEYS = {
     *("python", "torch", "lightning", "gradsync", "platform", "cpu_model", "cpu_count", "backend", "accelerator"),
-    *("omp_num_threads", "strategy_options", "seed", "commit"),
+    *("omp_num_threads", "strategy_options", "seed", "commit", "load_average"),
 }
 
 
