@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import shlex
 import sys
@@ -27,6 +28,7 @@ _DEFAULT_STRATEGIES = "ddp,manual_allreduce,parameter_server"
 _DEMO_RECIPE = Path(__file__).parent / "configs" / "recipe" / "demo.yaml"
 _DEFAULT_EPOCHS = 3
 _DEFAULT_BATCH_SIZE = 64
+_SERVERS_FLAG = "--trainer.strategy.servers"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +93,7 @@ class Plan:
     def fit_arguments(self, strategy: str, num_trainers: int) -> list[str]:
         """Arguments of ``gradsync fit`` for one run, without its output paths."""
         o = self.options
-        servers = ParameterServerStrategy.num_servers if strategy == ParameterServerStrategy.strategy_name else 0
+        servers = self._num_servers if strategy == ParameterServerStrategy.strategy_name else 0
         flags: dict[str, object] = {
             "--seed_everything": o.seed,
             "--trainer.strategy": strategy,
@@ -109,6 +111,13 @@ class Plan:
         config = ["--config", str(_DEMO_RECIPE)] if o.demo else []
         given = [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
         return ["fit", *config, *given, *self.extra]
+
+    @property
+    def _num_servers(self) -> int:
+        """As given after ``--``: training processes stay as many as in the other runs."""
+        words = [word for part in self.extra for word in part.split("=", 1)]
+        given = [value for flag, value in itertools.pairwise(words) if flag == _SERVERS_FLAG]
+        return _whole_number(given[-1], minimum=1) if given else ParameterServerStrategy.num_servers
 
     @property
     def epochs(self) -> int:

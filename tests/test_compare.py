@@ -33,6 +33,13 @@ def test_devices_count_training_processes_and_everything_else_is_the_same() -> N
     assert len(others) == 1
 
 
+@pytest.mark.parametrize("extra", [["--trainer.strategy.servers", "2"], ["--trainer.strategy.servers=2"]])
+def test_more_servers_are_more_processes_not_fewer_that_train(extra: list[str]) -> None:
+    plan = Plan(_parser().parse_args(["--strategies", "parameter_server", "--devices", "3"]), extra, Path("unused"))
+    fit = plan.runs()[0].arguments
+    assert fit[fit.index("--trainer.devices") + 1] == "5"
+
+
 def test_every_knob_reaches_the_runs() -> None:
     plan = _plan(
         *("--epochs", "9", "--batch-size", "8", "--workers", "1", "--data-dir", "D", "--backend", "gloo"),
