@@ -59,6 +59,8 @@ def run_command(
         text=True,
         errors="replace",
         start_new_session=True,
+        # A suite that a shell runs in the background ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     late = threading.Event()
 
