@@ -112,6 +112,7 @@ def _broadcast(rank: int) -> Any:
     tensors = [torch.full((2, 3), float(rank)), torch.tensor(rank), torch.full((2, 2, 2, 2), rank + 0.5)]
     tensors[2] = tensors[2].to(memory_format=torch.channels_last)
     broadcast_tensors(tensors, src=1)
+    dist.barrier()  # who leaves early would break off what is still on its way to others
     return [tensor.sum().item() for tensor in tensors], tensors[2].is_contiguous(memory_format=torch.channels_last)
 
 
