@@ -190,7 +190,7 @@ def _introduce(plan: Plan, console: Console) -> None:
     data = f"images in {o.data_dir}" if o.data_dir else "the bundled demo images (10 classes, not ImageNet)"
     counts = " and ".join(map(str, o.devices))
     servers = {variant.method.run_name: variant.num_servers(plan.extra) for variant in o.strategies}
-    more = "".join(f", {name} {plural(count, 'server')} more" for name, count in servers.items() if count)
+    more = "".join(f", {plural(count, 'server')} on top for {name}" for name, count in servers.items() if count)
     console.print(
         f"Comparing {', '.join(map(_as_asked, o.strategies))} on {data}: {counts} training processes each{more}; "
         f"{len(plan.runs())} runs, one after another.\nResults go to {plan.output}",
