@@ -144,9 +144,10 @@ def test_an_output_that_cannot_be_written_is_named_before_any_run(tmp_path: Path
 
 
 def test_a_failed_run_leaves_the_results_of_the_others(tmp_path: Path) -> None:
-    """``transport`` is no option of manual_allreduce, so that run fails; the other one is reported on."""
+    """``transport`` is no option of manual_allreduce, so that run fails; two variants are reported on."""
+    strategies = "manual_allreduce,parameter_server,parameter_server:servers=2+transport=tcp"
     ended = gradsync(
-        *("compare", "--strategies", "manual_allreduce,parameter_server", "--epochs", "1", "--output", "out"),
+        *("compare", "--strategies", strategies, "--epochs", "1", "--output", "out"),
         *("--batch-size", "4", "--workers", "0", "--", "--trainer.strategy.transport", "naive"),
         *("--model.arch", "resnet18", "--trainer.limit_train_batches", "7", "--trainer.limit_val_batches", "1"),
         cwd=tmp_path,
@@ -163,5 +164,10 @@ def test_a_failed_run_leaves_the_results_of_the_others(tmp_path: Path) -> None:
     assert result["complete"]
     assert (result["method"], result["world_size"], result["num_workers"]) == ("Parameter Server (PS)", 3, 2)
     assert len(result["all_losses"]) == 7
+    variant = json.loads((out / "results_ps-servers-2-transport-tcp.json").read_text())
+    assert (variant["world_size"], variant["num_workers"], variant["variant"]) == (4, 2, "servers=2+transport=tcp")
+    assert variant["method"] == "Parameter Server (PS), servers 2, transport tcp"
+    assert variant["environment"]["strategy_options"]["transport"] == "tcp"
+    assert (out / "tensorboard" / "parameter_server-servers-2-transport-tcp" / "server_1").is_dir()
     assert "Manual All-Reduce" in (out / "performance_report.txt").read_text()
     assert len(list((out / "plots").glob("*.png"))) == 5
