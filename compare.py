@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import os
 import shlex
 import sys
@@ -20,15 +19,14 @@ from .comparison_runs import ComparisonRuns, Run
 from .datamodules.imagenet import check_tree
 from .errors import UserError
 from .report import atomic_write_json, make_report
+from .report.comparison import plural
 from .report.methods import COMPARISON_FILENAME, RESULT_PATTERN
-from .strategies import STRATEGIES, ParameterServerStrategy
-from .strategy_flag import check_name, strategy_name
+from .strategy_variant import Variant, check_variants, parse_variants
 
 _DEFAULT_STRATEGIES = "ddp,manual_allreduce,parameter_server"
 _DEMO_RECIPE = Path(__file__).parent / "configs" / "recipe" / "demo.yaml"
 _DEFAULT_EPOCHS = 3
 _DEFAULT_BATCH_SIZE = 64
-_SERVERS_FLAG = "--trainer.strategy.servers"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--devices", type=_counts, default=[2], metavar="N[,N]", help="training processes; several counts are swept")
     add("--weights", default=None, metavar="FILE", help="pretrained weights: a .pth file or a torchvision name")
-    add("--strategies", type=_names, default=_names(_DEFAULT_STRATEGIES), metavar="A,B", help=_DEFAULT_STRATEGIES)
+    add(
+        "--strategies",
+        type=parse_variants,
+        default=parse_variants(_DEFAULT_STRATEGIES),
+        metavar="A,B",
+        help="names, each with options of that run only if you like: parameter_server:mode=async or "
+        f"parameter_server:servers=2+transport=tcp (default {_DEFAULT_STRATEGIES})",
+    )
     add("--repeats", type=_positive, default=1, metavar="N", help="interleaved repeats of every run (default 1)")
     add("--seed", type=_not_negative, default=42, metavar="N", help="the same for every run (default 42)")
     add("--output", type=Path, default=None, metavar="DIR", help="folder of the comparison (default: comparisons/TIME)")
@@ -77,10 +82,6 @@ def _counts(text: str) -> list[int]:
     return sorted({_positive(part) for part in text.split(",")})
 
 
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
-
-
 @final
 @dataclass(frozen=True)
 class Plan:
@@ -90,16 +91,15 @@ class Plan:
     extra: list[str]
     output: Path
 
-    def fit_arguments(self, strategy: str, num_trainers: int) -> list[str]:
-        """Arguments of ``gradsync fit`` for one run, without its output paths."""
+    def fit_arguments(self, variant: Variant, num_trainers: int) -> list[str]:
+        """Arguments of ``gradsync fit`` for one run, without its output paths. All runs train in as many processes."""
         o = self.options
-        servers = self._num_servers if strategy == ParameterServerStrategy.strategy_name else 0
         flags: dict[str, object] = {
             "--seed_everything": o.seed,
-            "--trainer.strategy": strategy,
+            "--trainer.strategy": variant.strategy,
             "--trainer.strategy.process_group_backend": o.backend,
             "--trainer.accelerator": {"nccl": "gpu", "gloo": "cpu", None: None}[o.backend],
-            "--trainer.devices": num_trainers + servers,
+            "--trainer.devices": num_trainers + variant.num_servers(self.extra),
             "--trainer.max_epochs": self.epochs,
             "--trainer.enable_checkpointing": "false",
             "--trainer.enable_model_summary": "false",
@@ -110,14 +110,7 @@ class Plan:
         }
         config = ["--config", str(_DEMO_RECIPE)] if o.demo else []
         given = [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
-        return ["fit", *config, *given, *self.extra]
-
-    @property
-    def _num_servers(self) -> int:
-        """As given after ``--``: training processes stay as many as in the other runs."""
-        words = [word for part in self.extra for word in part.split("=", 1)]
-        given = [value for flag, value in itertools.pairwise(words) if flag == _SERVERS_FLAG]
-        return _whole_number(given[-1], minimum=1) if given else ParameterServerStrategy.num_servers
+        return ["fit", *config, *given, *self.extra, *variant.fit_arguments()]
 
     @property
     def epochs(self) -> int:
@@ -128,15 +121,15 @@ class Plan:
         counts = self.options.devices
         return [
             Run(
-                strategy_name(strategy),
+                variant.method,
                 count if len(counts) > 1 else None,
                 repeat,
                 self.epochs,
-                self.fit_arguments(strategy, count),
+                self.fit_arguments(variant, count),
             )
             for repeat in range(1, self.options.repeats + 1)
             for count in counts
-            for strategy in self.options.strategies
+            for variant in self.options.strategies
         ]
 
 
@@ -144,9 +137,7 @@ def _check(options: argparse.Namespace, extra: list[str], output: Path) -> Plan:
     """Everything that can be known now is checked now, before work is lost."""
     if not options.strategies:
         raise UserError("--strategies is empty: name at least one, e.g. ddp,manual_allreduce")
-    for name in options.strategies:
-        check_name(name)
-        strategy_name(name)
+    check_variants(options.strategies, extra)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("matplotlib is missing, and the report needs it for its plots: pip install matplotlib")
     if options.backend == "nccl" and not torch.cuda.is_available():
@@ -179,7 +170,7 @@ def main(arguments: list[str]) -> None:
     runs = ComparisonRuns(plan.runs(), output, console)
     _introduce(plan, console)
     command = shlex.join(["gradsync", "compare", *arguments])
-    names = [strategy_name(strategy) for strategy in options.strategies]
+    names = [_as_asked(variant) for variant in options.strategies]
     atomic_write_json(output / COMPARISON_FILENAME, {"strategies": names, "command": command})
     failed = runs.execute()
     make_report(output, console)
@@ -189,14 +180,19 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{len(failed)} run(s) failed: {names}; the report is made from the others")
 
 
+def _as_asked(variant: Variant) -> str:
+    method = variant.method
+    return f"{method.strategy}:{method.variant}" if method.variant else method.strategy
+
+
 def _introduce(plan: Plan, console: Console) -> None:
     o = plan.options
     data = f"images in {o.data_dir}" if o.data_dir else "the bundled demo images (10 classes, not ImageNet)"
     counts = " and ".join(map(str, o.devices))
-    known = [name for name in o.strategies if name in STRATEGIES or name == "ddp"]
-    servers = ", the parameter server one process more" if ParameterServerStrategy.strategy_name in known else ""
+    servers = {variant.method.run_name: variant.num_servers(plan.extra) for variant in o.strategies}
+    more = "".join(f", {plural(count, 'server')} on top for {name}" for name, count in servers.items() if count)
     console.print(
-        f"Comparing {', '.join(o.strategies)} on {data}: {counts} training processes each{servers}; "
+        f"Comparing {', '.join(map(_as_asked, o.strategies))} on {data}: {counts} training processes each{more}; "
         f"{len(plan.runs())} runs, one after another.\nResults go to {plan.output}",
         soft_wrap=True,
         markup=False,

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .processes import child_environment
-from .report import atomic_write_json, failed_filename, method_of, result_filename, result_stem
+from .report import atomic_write_json, failed_filename, result_filename
+from .report.methods import Method, StemParts, join_stem
 
 _STEP = re.compile(r"^epoch (\d+) step (\d+)/(\d+)")
 _DONE = re.compile(r"^epoch (\d+)/\d+ done")
@@ -29,8 +30,7 @@ _END_PATIENCE_S = 10.0
 class Run:
     """One ``gradsync fit`` of a comparison."""
 
-    strategy: str
-    """Its name in results."""
+    method: Method
     num_trainers: int | None
     """Only where several counts are swept."""
     repeat: int
@@ -39,14 +39,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people and TensorBoard: strategy, count, repeat."""
+        """For people and TensorBoard: strategy, variant, count, repeat."""
         count = f"_w{self.num_trainers}" if self.num_trainers is not None else ""
-        return f"{self.strategy}{count}{f'_r{self.repeat}' if self.repeat > 1 else ''}"
+        return f"{self.method.run_name}{count}{f'_r{self.repeat}' if self.repeat > 1 else ''}"
 
     @property
     def stem(self) -> str:
         """For the files it leaves."""
-        return result_stem(self.strategy, training_processes=self.num_trainers, repeat=self.repeat)
+        return join_stem(StemParts(self.method.stem, self.num_trainers, self.repeat))
 
 
 @final
@@ -108,8 +108,8 @@ class ComparisonRuns:
             return None
         error = _error_in(last_lines) or f"exit code {code}"
         failure = {
-            "strategy": run.strategy,
-            "method": method_of(run.strategy).name,
+            "strategy": run.method.strategy,
+            "method": run.method.name,
             "exit_code": code,
             "error": error,
             "log": str(log_path.relative_to(self._output)),

@@ -68,6 +68,13 @@ class GradsyncCLI(LightningCLI):
             "--results", type=str | None, default=None, help="result file (default: in the run folder, by strategy)"
         )
         parser.add_argument(
+            "--variant",
+            type=str | None,
+            default=None,
+            metavar="TEXT",
+            help="what tells this run from others of its strategy in results and reports, mode=async for instance",
+        )
+        parser.add_argument(
             "--progress_every_n_steps",
             type=int | None,
             default=None,
@@ -121,7 +128,8 @@ class GradsyncCLI(LightningCLI):
             return []
         results = self._get(self.config, "results")
         path = Path(results) if results else None
-        writer = ResultsWriter(path.parent if path else run_dir, path.name if path else None)
+        variant = self._get(self.config, "variant")
+        writer = ResultsWriter(path.parent if path else run_dir, path.name if path else None, variant)
         self._dump_config()
         writer.config = self.config_dump
         callbacks: list[pl.Callback] = [writer, Dashboard(), StartBanner(), RunSummary()]

@@ -38,14 +38,25 @@ def strategy_name(given: str) -> str:
     Raises:
         UserError: the class path leads nowhere.
     """
-    if "." not in given:
+    cls = strategy_class(given)
+    if cls is None:
         return given
+    return "ddp" if cls is DDPStrategy else getattr(cls, "strategy_name", cls.__name__)
+
+
+def strategy_class(given: str) -> type | None:
+    """The class that a class path leads to; None for a name.
+
+    Raises:
+        UserError: the class path leads nowhere.
+    """
+    if "." not in given:
+        return None
     module, _, name = given.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{_FLAG} {given!r} cannot be imported: {error}") from error
-    return "ddp" if cls is DDPStrategy else getattr(cls, "strategy_name", name)
 
 
 def expand(arguments: list[str]) -> list[str]:

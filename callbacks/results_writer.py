@@ -42,11 +42,16 @@ class ResultsWriter(Callback):
     Args:
         dirpath: Folder of the file; by default the Trainer's ``default_root_dir``.
         filename: By default ``results_<stem of the strategy>.json``.
+        variant: What tells this run from others of its strategy, such as ``mode=async+transport=tcp``. It becomes part
+            of ``method`` (``Parameter Server (PS), mode async, transport tcp``), so that reports keep them apart.
     """
 
-    def __init__(self, dirpath: str | Path | None = None, filename: str | None = None) -> None:
+    def __init__(
+        self, dirpath: str | Path | None = None, filename: str | None = None, variant: str | None = None
+    ) -> None:
         self.dirpath = dirpath
         self.filename = filename
+        self.variant = variant or ""
         self.config: dict[str, Any] | None = None
         """The whole configuration of the run, for the file; the command line sets it."""
         self.path: Path | None = None
@@ -90,9 +95,11 @@ class ResultsWriter(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_time = self._start_time or _now()
-        method = method_of(strategy_flag(trainer.strategy))
+        method = method_of(strategy_flag(trainer.strategy), self.variant)
         self.path = Path(self.dirpath or trainer.default_root_dir) / (self.filename or result_filename(method.stem))
         self._method = {"method": method.name, "strategy": method.strategy}
+        if method.variant:
+            self._method["variant"] = method.variant
         self._has_server = num_servers(trainer.strategy) > 0
 
     @override

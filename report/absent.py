@@ -41,25 +41,27 @@ def describe_missing(folder: Path, stems: set[str], failed: set[str]) -> list[st
     parts = [split_stem(stem) for stem in sorted(stems)]
     suffixes = {(part.training_processes, part.repeat) for part in parts}
     known = {split_stem(stem).base for stem in stems | failed}
+    asked_for = _asked_for(folder)
     lines = []
-    for base in dict.fromkeys([*_asked_for(folder), *(part.base for part in parts)]):
+    for base in dict.fromkeys([*asked_for, *(part.base for part in parts)]):
         if base not in known:
-            lines.append(f"{result_filename(base)} is not there: no {_name(base)} in this report")
+            lines.append(f"{result_filename(base)} is not there: no {asked_for[base]} in this report")
             continue
         wanted = {join_stem(StemParts(base, processes, repeat)) for processes, repeat in suffixes}
         lines.extend(_absent(folder, stem) for stem in sorted(wanted - stems - failed))
     return lines
 
 
-def _asked_for(folder: Path) -> list[str]:
-    """Bases of the methods that ``gradsync compare`` was asked for."""
+def _asked_for(folder: Path) -> dict[str, str]:
+    """Bases and names of the methods that ``gradsync compare`` was asked for."""
     try:
         strategies = read_json_object(folder / COMPARISON_FILENAME).get("strategies")
     except UnusableError:
         strategies = None
     if not isinstance(strategies, list):
-        return list(_STANDARD_NAMES)
-    return [method_of(str(strategy)).stem for strategy in strategies]
+        return _STANDARD_NAMES
+    methods = (method_of(*str(strategy).split(":", 1)) for strategy in strategies)
+    return {method.stem: method.name for method in methods}
 
 
 def _absent(folder: Path, stem: str) -> str:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 150
-_LABEL_WIDTH = 22
+_LABEL_WIDTHS = (22, 28)
+"""The first in which a text is whole, so that the ends that tell variants apart are seen."""
 _LABEL_LINES = 3
 GREY = "#555555"
 GRID = "#DDDDDD"
@@ -89,5 +90,6 @@ def plain(text: str) -> str:
 
 def folded(text: str) -> str:
     """`text` on a few short lines, for tick labels and legends."""
-    lines = textwrap.wrap(text, _LABEL_WIDTH, max_lines=_LABEL_LINES, placeholder=" …") or ["(no name)"]
+    width = next((w for w in _LABEL_WIDTHS if len(textwrap.wrap(text, w)) <= _LABEL_LINES), _LABEL_WIDTHS[0])
+    lines = textwrap.wrap(text, width, max_lines=_LABEL_LINES, placeholder=" …") or ["(no name)"]
     return plain("\n".join(lines))

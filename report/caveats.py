@@ -17,6 +17,7 @@ _VARIED_SETTINGS = (
     "ckpt_path",
     "results",
     "run_dir",
+    "variant",
     "progress_every_n_steps",
     "trainer.strategy",
     "trainer.devices",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import final
 
 from .figures import Spread, ratio
-from .methods import BASELINE, order_of
+from .methods import BASELINE, Style, order_of, style_of
 from .results import LoadedResults, Result
 
 
@@ -19,10 +19,20 @@ class Group:
     """The repeats of one method with one number of training processes."""
 
     results: tuple[Result, ...]
+    variant_number: int = 0
+    """Counts the variants in the folder, of all strategies; 0 for a strategy as is."""
 
     @property
     def strategy(self) -> str:
         return self.results[0].strategy
+
+    @property
+    def variant(self) -> str:
+        return self.results[0].variant
+
+    @property
+    def style(self) -> Style:
+        return style_of(self.strategy, self.variant_number)
 
     @property
     def method(self) -> str:
@@ -118,7 +128,7 @@ class Comparison:
 
     def baseline_of(self, group: Group) -> Group | None:
         """Baseline DDP with as many training processes. Without a sweep, whatever number it ran with."""
-        baselines = [other for other in self.groups if other.strategy == BASELINE]
+        baselines = [other for other in self.groups if other.strategy == BASELINE and not other.variant]
         for other in baselines:
             if other.training_processes == group.training_processes:
                 return other
@@ -157,11 +167,16 @@ class Comparison:
 
 
 def group_results(results: Sequence[Result]) -> list[Group]:
-    """Repeats of one method and process count together, in the order in which reports show them."""
+    """Repeats of one method and process count together, in the order in which reports show them.
+
+    Variants of a strategy are methods of their own, told apart by their names.
+    """
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in sorted(results, key=lambda result: (result.repeat, result.filename)):
         groups.setdefault((result.method, result.training_processes), []).append(result)
-    found = [Group(tuple(members)) for members in groups.values()]
+    variants = sorted({(result.method, result.variant) for result in results if result.variant})
+    numbers = {method: number for number, (method, _) in enumerate(variants, start=1)}
+    found = [Group(tuple(members), numbers.get(method, 0)) for (method, _), members in groups.items()]
     return sorted(found, key=lambda g: (order_of(g.strategy), g.method, g.training_processes))
 
 

@@ -14,7 +14,7 @@ RESULT_PATTERN = "results_*.json"
 FAILED_PATTERN = "failed_*.json"
 
 COMPARISON_FILENAME = "comparison.json"
-"""What a comparison was asked for: ``{"strategies": [names], "command": text}``."""
+"""What a comparison was asked for: ``{"strategies": [NAME or NAME:VARIANT], "command": text}``."""
 
 
 @final
@@ -28,6 +28,13 @@ class Method:
     """``method`` in result files, and its label in tables and plots."""
     stem: str
     """``results_<stem>.json``, ``logs/<stem>.log``, ``failed_<stem>.json``, each before suffixes."""
+    variant: str = ""
+    """What tells it from others of the strategy, such as ``mode=async+transport=tcp``; empty for the strategy as is."""
+
+    @property
+    def run_name(self) -> str:
+        """For people and folders, before suffixes: ``parameter_server-mode-async``."""
+        return self.strategy + _suffix(self.variant)
 
 
 @final
@@ -71,8 +78,25 @@ _OTHER_HATCHES = ("\\\\", "++", "oo", "--", "||")
 _OTHER_DASHES = ((6, 1), (3, 1, 1, 1, 1, 1), (2, 2), (8, 2, 2, 2), (1, 2))
 
 
-def method_of(strategy: str) -> Method:
-    """The method that `strategy` (a flag) stands for; any other strategy is named after itself."""
+def method_of(strategy: str, variant: str = "") -> Method:
+    """The method that `strategy` (a flag) stands for; any other strategy is named after itself.
+
+    `variant` becomes part of its name: ``Parameter Server (PS), mode async`` for ``mode=async``.
+    """
+    plain = _plain_method_of(strategy)
+    if not variant:
+        return plain
+    label = ", ".join(part.replace("=", " ", 1).strip() for part in variant.split("+"))
+    return Method(strategy, f"{plain.name}, {label}", plain.stem + _suffix(variant), variant)
+
+
+def _suffix(variant: str) -> str:
+    """Safe in file names, and without the underscores that counts and repeats begin with."""
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", variant).strip("-.")
+    return f"-{words or zlib.crc32(variant.encode('utf-8', 'replace'))}" if variant else ""
+
+
+def _plain_method_of(strategy: str) -> Method:
     for method in STANDARD_METHODS:
         if method.strategy == strategy:
             return method
@@ -88,8 +112,16 @@ def strategy_of(method_name: str, base: str) -> str:
     return base
 
 
-def style_of(strategy: str) -> Style:
-    """How `strategy` is drawn: always the same, on every machine, for strategies that nobody foresaw as well."""
+def style_of(strategy: str, variant_number: int = 0) -> Style:
+    """How `strategy` is drawn: always the same, on every machine, for strategies that nobody foresaw as well.
+
+    Its variants are numbered from 1 on within a report; no two of them look the same until there are very many.
+    """
+    if variant_number:
+        index = variant_number - 1
+        shape = index % len(_OTHER_MARKERS)
+        color = _OTHER_COLORS[index % len(_OTHER_COLORS)]
+        return Style(color, _OTHER_MARKERS[shape], _OTHER_HATCHES[shape], _OTHER_DASHES[shape])
     if strategy in _KNOWN_STYLES:
         return _KNOWN_STYLES[strategy]
     number = zlib.crc32(strategy.encode("utf-8", "replace"))
@@ -104,9 +136,9 @@ def order_of(strategy: str) -> tuple[int, str]:
     return (known.index(strategy) if strategy in known else len(known), strategy)
 
 
-def result_stem(strategy: str, *, training_processes: int | None = None, repeat: int = 1) -> str:
+def result_stem(strategy: str, variant: str = "", *, training_processes: int | None = None, repeat: int = 1) -> str:
     """Stem of a run's files, such as ``ps_w4_r2``. `training_processes` only where a comparison sweeps over them."""
-    return join_stem(StemParts(method_of(strategy).stem, training_processes, repeat))
+    return join_stem(StemParts(method_of(strategy, variant).stem, training_processes, repeat))
 
 
 def join_stem(parts: StemParts) -> str:

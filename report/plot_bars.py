@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from .canvas import clean, folded, new_figure, plain, title
 from .comparison import Comparison, Group, plural
 from .figures import Spread, shown
-from .methods import style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +77,7 @@ def _bar_figure(
     figure = new_figure(_WIDTH_IN, _height(rows))
     axes = figure.subplots()
     for row, group in rows:
-        spread, style = spread_of(group), style_of(group.strategy)
+        spread, style = spread_of(group), group.style
         if math.isnan(spread.median):
             _label(axes, row, 0.0, "no figure")
             continue

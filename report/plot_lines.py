@@ -15,7 +15,6 @@ from .canvas import clean, folded, new_figure, say, title
 from .comparison import Comparison, Group, plural
 from .curves import finite_values, pointwise_median, running_mean, window_of
 from .figures import shown_loss
-from .methods import style_of
 from .results import Result
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def _look_equal(curve: _Curve, other: _Curve) -> bool:
 
 def _draw_curve(axes: Axes, curve: _Curve, above: int, *, order: int, of: int) -> None:
     """`above` other curves will lie on top of this one, which is the `order`-th `of` all."""
-    color = style_of(curve.group.strategy).color
+    color = curve.group.style.color
     if curve.raw:
         step = math.ceil(len(curve.raw) / _MOST_RAW_POINTS)
         axes.plot(curve.x[::step], curve.raw[::step], color=color, linewidth=0.6, alpha=0.25, zorder=1)
@@ -234,5 +233,5 @@ def _handle(curve: _Curve) -> Line2D:
 
 
 def _look(curve: _Curve) -> dict[str, Any]:
-    style = style_of(curve.group.strategy)
+    style = curve.group.style
     return {"color": style.color, "marker": style.marker, "linestyle": (0, style.dashes) if style.dashes else "-"}

@@ -70,6 +70,8 @@ class Result:
     base: str
     repeat: int
     strategy: str
+    variant: str
+    """What tells it from other runs of the strategy; empty for the strategy as is."""
     method: str
     world_size: int
     training_processes: int
@@ -162,6 +164,7 @@ def _result(
         base=stem.base,
         repeat=stem.repeat,
         strategy=fields.text("strategy") or strategy_of(method, stem.base),
+        variant=fields.text("variant"),
         method=method,
         world_size=world_size,
         training_processes=workers,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, final
 from .comparison import Comparison
 from .comparison import Group as Runs
 from .figures import Spread, shown
-from .methods import Style, style_of
+from .methods import Style
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -115,7 +115,7 @@ def communication_table(comparison: Comparison) -> Table:
 
 
 def _styles(comparison: Comparison) -> tuple[Style, ...]:
-    return tuple(style_of(group.strategy) for group in comparison.groups)
+    return tuple(group.style for group in comparison.groups)
 
 
 def _communication_row(comparison: Comparison, group: Runs) -> tuple[str, ...]:

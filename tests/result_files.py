@@ -30,6 +30,7 @@ _EXPOSED_SHARE = {"ddp": 0.22, "manual_allreduce": 0.18, "parameter_server": 0.3
 def make_result(
     strategy: str = "ddp",
     *,
+    variant: str = "",
     training_processes: int = 2,
     epochs: int = 3,
     steps_per_epoch: int = 50,
@@ -53,8 +54,9 @@ def make_result(
     ]
     result = {
         "schema_version": 1,
-        "method": method_of(strategy).name,
+        "method": method_of(strategy, variant).name,
         "strategy": strategy,
+        **({"variant": variant} if variant else {}),
         "world_size": training_processes + server,
         "batch_size": batch_size,
         "global_batch_size": batch_size * training_processes,
@@ -142,7 +144,9 @@ def original_only(result: dict[str, Any]) -> dict[str, Any]:
 def write_result(folder: Path, result: dict[str, Any], *, repeat: int = 1, sweep: bool = False) -> Path:
     """Under the name that a comparison gives it. NaN is written as Python does, bare."""
     processes = result.get("num_workers", result["world_size"]) if sweep else None
-    stem = result_stem(result.get("strategy", "ddp"), training_processes=processes, repeat=repeat)
+    stem = result_stem(
+        result.get("strategy", "ddp"), result.get("variant", ""), training_processes=processes, repeat=repeat
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / result_filename(stem)
     path.write_text(json.dumps(result), encoding="utf-8")

@@ -38,7 +38,9 @@ def nothing_but_nan() -> dict:
     return result
 
 
-@pytest.fixture(params=["plain", "repeats", "sweep", "original", "one", "nan", "half nan", "no losses", "odd"])
+@pytest.fixture(
+    params=["plain", "repeats", "sweep", "original", "one", "nan", "half nan", "no losses", "odd", "variants"]
+)
 def comparison(request: pytest.FixtureRequest, tmp_path: Path) -> Comparison:
     """Realistic and extreme folders."""
     kind = request.param
@@ -58,6 +60,10 @@ def comparison(request: pytest.FixtureRequest, tmp_path: Path) -> Comparison:
     elif kind == "half nan":
         write_result(tmp_path, nothing_but_nan())
         write_result(tmp_path, make_result("ddp"))
+    elif kind == "variants":
+        write_comparison(tmp_path)
+        for variant in ("mode=async", "servers=2+transport=tcp", "mode=bounded+staleness=4+wire_dtype=bfloat16"):
+            write_result(tmp_path, make_result("parameter_server", variant=variant))
     elif kind == "no losses":
         write_comparison(tmp_path, all_losses=[])
     else:

@@ -36,6 +36,37 @@ def test_methods_and_files_are_named_as_users_know_them(strategy: str, method: s
     assert result_filename(result_stem(strategy)) == filename
 
 
+def test_a_variant_is_named_after_its_options_in_names_that_every_file_system_takes() -> None:
+    method = method_of("parameter_server", "wire_dtype=bfloat16+record_schedule=a/../b_r2")
+    assert method.name == "Parameter Server (PS), wire_dtype bfloat16, record_schedule a/../b_r2"
+    assert method.run_name == "parameter_server-wire-dtype-bfloat16-record-schedule-a-..-b-r2"
+    assert split_stem(method.stem).repeat == 1
+    assert method_of("ddp", "é").stem.isascii()
+
+
+def test_variants_of_a_strategy_are_groups_of_their_own_and_no_baseline(tmp_path: Path) -> None:
+    write_result(tmp_path, make_result("ddp"))
+    variants = ("", "mode=async", "servers=2")
+    for variant in variants:
+        for repeat in (1, 2):
+            result = make_result("parameter_server", variant=variant, repeat=repeat)
+            write_result(tmp_path, result, repeat=repeat)
+    write_result(tmp_path, make_result("ddp", variant="bucket_cap_mb=5", throughput=820.0))
+    asked = ["ddp", "ddp:bucket_cap_mb=5", *(f"parameter_server:{v}".rstrip(":") for v in variants)]
+    (tmp_path / "comparison.json").write_text(json.dumps({"strategies": [*asked, "sharded_server:overlap=false"]}))
+    comparison = load(tmp_path)
+    assert [(group.method, group.repeats) for group in comparison.groups] == [
+        ("Baseline DDP (PyTorch)", 1),
+        ("Baseline DDP (PyTorch), bucket_cap_mb 5", 1),
+        ("Parameter Server (PS)", 2),
+        ("Parameter Server (PS), mode async", 2),
+        ("Parameter Server (PS), servers 2", 2),
+    ]
+    assert comparison.speed_up(comparison.groups[1]).median == pytest.approx(2.0)
+    assert len({group.style for group in comparison.groups}) == 5
+    assert [problem for problem in comparison.problems if "no Sharded Server, overlap false" in problem]
+
+
 @pytest.mark.parametrize("processes", [None, 1, 16])
 @pytest.mark.parametrize("repeat", [1, 2, 12])
 def test_a_stem_taken_apart_gives_what_it_was_made_of(processes: int | None, repeat: int) -> None:
