@@ -294,7 +294,7 @@ def _ddp_keeping_memory() -> Strategy:
     return _ddp()
 
 
-def _alone_keeping_memory() -> Strategy:
+def alone_keeping_memory() -> Strategy:
     keep_freed_memory()
     return SingleDeviceStrategy("cpu")
 
@@ -319,5 +319,5 @@ ROWS: dict[str, Row] = {
     "parameter_server_tcp": _parameter_server(transport="tcp"),
     "naive": _parameter_server(transport="naive"),
     "no_communication": LightningLoop(lambda: SingleDeviceStrategy("cpu"), synchronizes=False),
-    "no_communication_keeping_memory": LightningLoop(_alone_keeping_memory, synchronizes=False),
+    "no_communication_keeping_memory": LightningLoop(alone_keeping_memory, synchronizes=False),
 }
