@@ -54,24 +54,30 @@ class ServerWatch:
         poller = select.poll()
         for descriptor in (self._stop_reader, *self._servers):
             poller.register(descriptor, select.POLLIN)
-        ended = [self._servers[fd] for fd, _ in poller.poll() if fd in self._servers]
+        poller.poll()
         stopping = select.poll()
         stopping.register(self._stop_reader, select.POLLIN)
         if not stopping.poll(_GRACE_MS):
-            self._end(min(ended))
+            # Only now: killed server 0 takes the others with it, and may be seen to have ended after them.
+            self._end(min(self._servers[fd] for fd, _ in poller.poll(0) if fd in self._servers))
 
     def _end(self, server: int) -> None:
         for endpoint in self._endpoints:
             remove_socket_folder(endpoint)
-        if server in self._speaks_for and not (server == 0 and first_process_has_tidied_up()):  # it has said why
-            with contextlib.suppress(OSError):
-                sys.stderr.write(
-                    f"gradsync: error: server {server} was killed: it ended without a word (out of memory?)\n"
-                )
-                sys.stderr.flush()
-        if server == 0:
-            remove_failure_records()
+        if server in self._speaks_for:
+            _tell_of(server)
         os._exit(1)
+
+
+def _tell_of(server: int) -> None:
+    """Say it, unless server 0 has; whoever else removed the records of failures would look like that server."""
+    if server == 0 and first_process_has_tidied_up():
+        return
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"gradsync: error: server {server} was killed: it ended without a word (out of memory?)\n")
+        sys.stderr.flush()
+    if server == 0:
+        remove_failure_records()
 
 
 def _open(pid: int) -> int:
