@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import torch
@@ -50,6 +51,9 @@ def one_line(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"out of memory: lower --data.batch_size, the batch of each process ({detail})"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename2 or error.filename or "a disk"
+        return f"no space left on {where}: free some, or write elsewhere with --run_dir DIR ({error.strerror})"
     if is_timeout(error):
         return explain_timeout(TIMEOUT_REMEDY)
     if is_lost_peer(error):
