@@ -3,6 +3,7 @@
 Importing the package registers its strategies, so ``Trainer(strategy="manual_allreduce")`` works.
 """
 
+from .checkpoints import DurableCheckpointIO
 from .errors import UserError
 from .strategies import STRATEGIES, ManualAllReduceStrategy, ParameterServerStrategy, ShardedServerStrategy
 
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "STRATEGIES",
+    "DurableCheckpointIO",
     "ManualAllReduceStrategy",
     "ParameterServerStrategy",
     "ShardedServerStrategy",

@@ -54,6 +54,8 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename2 or error.filename or "a disk"
         return f"no space left on {where}: free some, or write elsewhere with --run_dir DIR ({error.strerror})"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{error.filename or 'a disk'} cannot be written: write elsewhere with --run_dir DIR ({error.strerror})"
     if is_timeout(error):
         return explain_timeout(TIMEOUT_REMEDY)
     if is_lost_peer(error):

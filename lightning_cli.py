@@ -9,9 +9,11 @@ from subprocess import TimeoutExpired
 from typing import Any, final
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
@@ -25,6 +27,7 @@ from .callbacks import (
     default_progress_callbacks,
 )
 from .callbacks.run_environment import strategy_flag
+from .checkpoints import BackgroundCheckpointIO, DurableCheckpointIO
 from .datamodules import ImageNetDataModule
 from .errors import UserError
 from .modules import ImageClassifier
@@ -80,7 +83,9 @@ class GradsyncCLI(LightningCLI):
             default=None,
             help="steps from one progress line to the next where output is no terminal",
         )
-
+        parser.add_argument(
+            "--async_checkpoints", type=bool, default=False, help="train on while a checkpoint is written to the disk"
+        )
         parser.add_argument(
             "--trace_steps",
             type=str | None,
@@ -89,15 +94,31 @@ class GradsyncCLI(LightningCLI):
         )
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the model's hyperparameters from it, before any plugin could tell that it is damaged.
+        self.subcommand = self.config["subcommand"]  # Lightning sets it a little later
+        settings = self.config[self.subcommand]
+        if (path := settings.get("ckpt_path")) and Path(path).is_file():
+            settings["ckpt_path"] = str(self._checkpoint_io().good(Path(path)))
+        super()._parse_ckpt_path()
+
+    def _checkpoint_io(self) -> DurableCheckpointIO:
+        """Only a fit goes on from another checkpoint than was asked for."""
+        return DurableCheckpointIO(falls_back=self.subcommand == "fit")
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")
         config["devices"] = _devices(config["devices"])
+        config["plugins"] = self._plugins(config.get("plugins"))
         if self.subcommand != "fit":  # an evaluation prints its figures and leaves no files
             self.save_config_callback = None
             config.setdefault("logger", None)
             config["logger"], config["enable_checkpointing"] = config["logger"] or False, False
             config["callbacks"] = [*(config.get("callbacks") or []), *self._observers(config)]
             return super().instantiate_trainer(**kwargs)
+        if self._get(self.config, "ckpt_path") == "last" and self._get(self.config, "run_dir") is None:
+            raise UserError("--ckpt_path last needs --run_dir DIR, the folder of the run that is to go on")
         run_dir = Path(self._get(self.config, "run_dir") or self._default_run_dir(config))
         if config.get("logger") in (None, True):
             config["logger"] = TensorBoardLogger(
@@ -109,6 +130,17 @@ class GradsyncCLI(LightningCLI):
         own = [*self._observers(config), *self._writers(config, run_dir)]
         config["callbacks"] = [*(config.get("callbacks") or []), *own]
         return super().instantiate_trainer(**kwargs)
+
+    def _plugins(self, given: Any) -> list[Any]:
+        """With our checkpoints, where nobody has chosen others."""
+        plugins = [*given] if isinstance(given, list) else [given] if given else []
+        ours = self._checkpoint_io()
+        for plugin in plugins:
+            if isinstance(plugin, _WrappingCheckpointIO):
+                plugin.checkpoint_io = ours  # has no effect on one that wraps something
+        if any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            return plugins
+        return [*plugins, BackgroundCheckpointIO(ours) if self._get(self.config, "async_checkpoints") else ours]
 
     @staticmethod
     def _default_run_dir(config: Any) -> str:
@@ -137,9 +169,7 @@ class GradsyncCLI(LightningCLI):
             callbacks.append(TraceWriter(steps, run_dir))
         given = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])
         if config.get("enable_checkpointing") is not False and not given:
-            # At the end of the training epoch: Lightning does not save the epoch's training metrics later.
-            folder = run_dir / "checkpoints"
-            callbacks.append(ModelCheckpoint(dirpath=folder, save_last=True, save_on_train_epoch_end=True))
+            callbacks.append(_newest_checkpoints(run_dir / "checkpoints"))
         return callbacks
 
     def wait_for_children(self) -> None:
@@ -158,6 +188,14 @@ class GradsyncCLI(LightningCLI):
                 ) from None
             if code:
                 raise UserError(f"process {process.pid} of this run ended with code {code} after training")
+
+
+def _newest_checkpoints(folder: Path) -> ModelCheckpoint:
+    """``last.ckpt`` and the newest two, so that there is one to fall back to."""
+    # At the end of the training epoch: Lightning does not save the epoch's training metrics later.
+    return ModelCheckpoint(
+        folder, monitor="step", mode="max", save_top_k=2, save_last=True, save_on_train_epoch_end=True
+    )
 
 
 def _devices(devices: Any) -> Any:
