@@ -17,7 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 from . import __version__
-from .processes import FailureRecords, die_with_parent
+from .errors import StoppedBySignal
+from .processes import FailureRecords, await_children, die_with_parent, is_child
+
+_CHILD_PATIENCE_S = 10.0
 
 _COMMANDS = {
     "fit": "train, under the strategy that --trainer.strategy names",
@@ -30,7 +33,7 @@ _COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and end the process: code 0, 1 (it failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    """Run one command and end the process: code 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("--help", "-h"):
@@ -77,6 +80,9 @@ def _guarded(run: Callable[[], Any], leave_hard: bool = False) -> None:
         if not isinstance(end.__context__, KeyboardInterrupt):  # which Lightning turns into code 1
             raise
         code = 130
+    except StoppedBySignal as stop:
+        code = 0 if is_child() else 128 + stop.signum  # a launcher takes another code of a child for a failure
+        await_children(_CHILD_PATIENCE_S)
     except Exception as error:
         _tell(error, records)
     finally:

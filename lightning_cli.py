@@ -23,6 +23,7 @@ from .callbacks import (
     ResultsWriter,
     RunSummary,
     StartBanner,
+    StopOnSignal,
     TraceWriter,
     default_progress_callbacks,
 )
@@ -164,7 +165,7 @@ class GradsyncCLI(LightningCLI):
         writer = ResultsWriter(path.parent if path else run_dir, path.name if path else None, variant)
         self._dump_config()
         writer.config = self.config_dump
-        callbacks: list[pl.Callback] = [writer, Dashboard(), StartBanner(), RunSummary()]
+        callbacks: list[pl.Callback] = [writer, Dashboard(), StartBanner(), RunSummary(), StopOnSignal()]
         if steps := self._get(self.config, "trace_steps"):
             callbacks.append(TraceWriter(steps, run_dir))
         given = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])

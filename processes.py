@@ -29,8 +29,25 @@ def die_with_parent() -> None:
 
 def end_with_parent(on: bool) -> None:
     """Switch the signal at the parent's death off and on again in a process that :func:`die_with_parent` gave it."""
-    if os.environ.get(_DIES_WITH_PARENT) == str(os.getpid()):
+    if is_child():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if on else 0)
+
+
+def is_child() -> bool:
+    """Whether a process of ours started this one, and not a user or torchrun."""
+    return os.environ.get(_DIES_WITH_PARENT) == str(os.getpid())
+
+
+def await_children(patience_s: float) -> None:
+    """Until all that this process started have ended, but not longer than this."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            time.sleep(0.02)
 
 
 def child_environment() -> dict[str, str]:

@@ -9,6 +9,7 @@ from .run_environment import machine_environment, run_environment
 from .run_summary import RunSummary
 from .start_banner import StartBanner
 from .step_breakdown import StepBreakdown
+from .stop_on_signal import StopOnSignal
 from .throughput_progress_bar import ThroughputProgressBar
 from .trace_writer import TraceWriter
 
@@ -21,6 +22,7 @@ __all__ = [
     "RunSummary",
     "StartBanner",
     "StepBreakdown",
+    "StopOnSignal",
     "ThroughputProgressBar",
     "TraceWriter",
     "default_progress_callbacks",

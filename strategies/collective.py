@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _get_default_process_group_backend_for_device
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import reset_seed
@@ -120,6 +121,16 @@ class CollectiveStrategy(ParallelStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # A process beyond the world (the parameter server) never draws samples: any rank's sampler will do.
         return {"num_replicas": self.world_size, "rank": self.global_rank % self.world_size}
+
+    @property
+    def store(self) -> dist.Store:
+        """What all processes of the run share, the parameter server's included; there once they have met."""
+        return self._store
+
+    @property
+    def steps_ahead(self) -> int | None:
+        """How many steps ahead of rank 0 another rank can be; None: any number."""
+        return 1 if self.root_device.type == "cpu" else 8  # a launch queue holds about a thousand kernels
 
     @property
     def process_group_backend(self) -> str:

@@ -23,8 +23,9 @@ from ..comm.optimizers import is_elementwise
 from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient, WorkerGrowth
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
+from ..comm.stop import StopAgreement
 from ..comm.tracer import Tracer
-from ..errors import UserError
+from ..errors import StoppedBySignal, UserError
 from .collective import CollectiveStrategy
 from .last_words import last_words, take_over
 from .metric_sync import MetricSync
@@ -204,6 +205,13 @@ class ParameterServerStrategy(CollectiveStrategy):
             connection.connect(self.global_rank)
         timeouts = (self.start_timeout, self.step_timeout)
         connection.meet_peers(self.options["transport"], self.world_size, self.process_group_backend, *timeouts)
+
+    @property
+    @override
+    def steps_ahead(self) -> int | None:
+        if self._options.is_sync:
+            return super().steps_ahead
+        return None if self._options.bound is None else self._options.bound + 2
 
     def _speaks_for(self) -> list[int]:
         """The first worker tells whose end nobody else would: server 0 names its children, torchrun only ranks."""
@@ -410,6 +418,10 @@ class ParameterServerStrategy(CollectiveStrategy):
         serving = self._make_serving()
         serving.tracer = self._tracer_of_server()
         self._farewell = serving.serve(self.optimizers, self._named_parameters(), self._cut(), by_name)
+        if self._farewell[0] is None:  # workers that have trained to the end say more
+            signum = StopAgreement(self._store, None, None).decided()
+            assert signum is not None
+            raise StoppedBySignal(signum, None)
 
     def _tracer_of_server(self) -> Tracer:
         """If traces are recorded, to where the first worker does: by default folders carry the time."""
@@ -473,6 +485,9 @@ class ParameterServerStrategy(CollectiveStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other side why, then let go of everything without waiting."""
+        if isinstance(exception, StoppedBySignal):
+            self._stop_in_good_order()
+            return
         if self._client is not None:
             self._client.fail(f"{type(exception).__name__}: {exception}")
         if self._connection is not None and self._connection.peers is not None:
@@ -480,6 +495,12 @@ class ParameterServerStrategy(CollectiveStrategy):
         if isinstance(self._launcher, ServerLauncher):
             self._launcher.end_children()
         self._close(1000)
+
+    def _stop_in_good_order(self) -> None:
+        if self._client is not None and self._connection is not None:
+            self._connection.stop_watching()
+            self._client.bye()
+        self._close(_BYE_LINGER_MS)
 
     def _close(self, linger_ms: int) -> None:
         if self._client is not None:

@@ -38,12 +38,31 @@ def _marked(mark: str) -> dict[int, str]:
     return found
 
 
+def _send(number: signal.Signals, target: str, leader: int, mark: str) -> None:
+    if target == "group":
+        os.killpg(leader, number)
+        return
+    ranks = {leader: "0"}
+    for pid in _marked(mark):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        for line in environment:
+            if line.startswith("LOCAL_RANK="):
+                ranks[pid] = line.partition("=")[2]
+    os.kill(next(pid for pid, rank in ranks.items() if rank == target), number)
+
+
 def run_command(
-    command: list[str], cwd: Path, timeout_s: float = 120, orphan_grace_s: float = 3.0, interrupt_at: str | None = None
+    command: list[str],
+    cwd: Path,
+    timeout_s: float = 120,
+    orphan_grace_s: float = 3.0,
+    interrupt_at: str | None = None,
+    signal_at: tuple[str, signal.Signals, str] | None = None,
 ) -> Ended:
     """Run to the end, stdout and stderr together; orphans are what still lives ``orphan_grace_s`` later.
 
-    ``interrupt_at``: press Ctrl-C, as in a terminal, when this text appears.
+    ``interrupt_at``: press Ctrl-C, as in a terminal, when this text appears. ``signal_at``: at a text, send a signal to
+    all (``"group"``) or to the process with this ``LOCAL_RANK``.
     """
     mark = uuid.uuid4().hex
     inherited = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
@@ -79,6 +98,9 @@ def run_command(
             if interrupt_at is not None and interrupt_at in line:
                 os.killpg(process.pid, signal.SIGINT)
                 interrupt_at = None
+            if signal_at is not None and signal_at[0] in line:
+                _send(signal_at[1], signal_at[2], process.pid, mark)
+                signal_at = None
     code = process.wait()
     limit.cancel()
     seconds = time.monotonic() - start

@@ -1,0 +1,118 @@
+"""SIGTERM, Ctrl-C and SLURM's signals: a checkpoint after a step that all ranks agree on, then the end."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, final
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from ..comm.stop import StopAgreement
+from ..errors import StoppedBySignal
+from ..signals import SignalListener
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_STEPS_AHEAD = 8
+"""Of Lightning's own strategies: hosts run ahead of CUDA devices, but a launch queue holds about a thousand kernels."""
+_SAVING_TAKES = timedelta(minutes=10)
+
+
+@final
+class StopOnSignal(Callback):
+    """In place of Lightning's SIGTERM handler, which holds a collective and hangs when ranks hear it at other moments.
+
+    Works under every strategy. Whichever process hears the signal, all training ranks stop after the same step (in the
+    parameter server's async mode each after its own); ``last.ckpt`` is saved where a ``ModelCheckpoint`` saves. A
+    second signal ends its process at once.
+
+    Raises:
+        StoppedBySignal: from ``fit``, on every rank.
+    """
+
+    def __init__(self) -> None:
+        self._listener: SignalListener | None = None
+        self._agreement: StopAgreement | None = None
+        self._steps = self._global_step = 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        trains = not getattr(strategy, "is_server", False)
+        rank, margin = trainer.global_rank if trains else None, getattr(strategy, "steps_ahead", _STEPS_AHEAD)
+        self._agreement = StopAgreement(_store(strategy), rank, margin)
+        self._listener = SignalListener(_SIGNALS, self._agreement.ask)
+        self._steps = 0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._listener is not None
+        self._listener.listen()  # Lightning has set its own meanwhile
+        self._global_step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._global_step:  # gradients only accumulate: ranks are not in step
+            return
+        self._global_step = trainer.global_step
+        self._steps += 1
+        assert self._agreement is not None
+        if (signum := self._agreement.due(self._steps)) is not None:
+            self._stop(trainer, signum)
+
+    def _stop(self, trainer: pl.Trainer, signum: int) -> None:
+        assert self._agreement is not None
+        path = _checkpoint_path(trainer)
+        if path is not None:
+            trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            self._agreement.saved()
+            _requeue(trainer)
+        else:
+            self._agreement.await_saved(_SAVING_TAKES)
+        name, saved = signal.Signals(signum).name, f"saved {path}" if path else "nothing saved"
+        rank_zero_info(f"stopped by {name} after step {trainer.global_step}: {saved}")
+        raise StoppedBySignal(signum, path)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._listener is not None:
+            self._listener.stop()
+        self._listener = self._agreement = None
+
+
+def _store(strategy: Any) -> dist.Store:
+    if (store := getattr(strategy, "store", None)) is not None:
+        return store
+    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+
+
+def _checkpoint_path(trainer: pl.Trainer) -> Path | None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath, f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}")
+    return None
+
+
+def _requeue(trainer: pl.Trainer) -> None:
+    """What Lightning's own handler does under SLURM, where that was asked for."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
+        return
+    job = SLURMEnvironment.job_id()
+    if shutil.which("scontrol") is None:
+        rank_zero_warn(f"SLURM job {job} is not requeued: there is no scontrol on this node")
+        return
+    subprocess.run(["scontrol", "requeue", str(job)], check=False)

@@ -1,0 +1,67 @@
+"""A signal to whichever process: a checkpoint after the same step on all ranks, the right code, nobody left."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Ended, gradsync, run_command, tiny_fit
+
+RUNS = {"ddp": 2, "manual_allreduce": 3, "sharded_server": 2, "parameter_server": 3}
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
+
+
+def _endless(strategy: str, devices: int) -> list[str]:
+    arguments = tiny_fit(strategy, devices)
+    arguments[arguments.index("--trainer.max_epochs") + 1] = "1000000"
+    return [*arguments, "--run_dir", "run", "--progress_every_n_steps", "5"]
+
+
+def _stop(arguments: list[str], cwd: Path, number: signal.Signals, target: str) -> Ended:
+    return run_command(
+        [sys.executable, "-m", "gradsync", *arguments], cwd, signal_at=("epoch 2/", number, target), orphan_grace_s=1.0
+    )
+
+
+@pytest.mark.parametrize("target", ["group", "0", "1"])
+@pytest.mark.parametrize("strategy", RUNS)
+def test_sigterm_saves_and_ends_all(strategy: str, target: str, tmp_path: Path) -> None:
+    ended = _stop(_endless(strategy, RUNS[strategy]), tmp_path, signal.SIGTERM, target)
+    assert ended.code == 143, ended.output
+    assert not ended.orphans
+    assert "Traceback" not in ended.output, ended.output
+    stopped = re.search(r"stopped by SIGTERM after step (\d+): saved \S+run/checkpoints/last\.ckpt", ended.output)
+    assert stopped, ended.output
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == int(stopped.group(1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_other_signals_have_their_codes(number: signal.Signals, tmp_path: Path) -> None:
+    ended = _stop(_endless("manual_allreduce", 2), tmp_path, number, "group")
+    assert ended.code == CODES[number], ended.output
+    assert f"stopped by {number.name}" in ended.output
+    assert not ended.orphans
+
+
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+def test_workers_that_go_at_their_own_pace_stop_too(mode: str, tmp_path: Path) -> None:
+    arguments = [*_endless("parameter_server", 4), "--trainer.strategy.mode", mode]
+    ended = _stop(arguments, tmp_path, signal.SIGTERM, "2")
+    assert ended.code == 143, ended.output
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    assert not ended.orphans
+
+
+def test_a_stopped_run_goes_on_from_there(tmp_path: Path) -> None:
+    ended = _stop(_endless("manual_allreduce", 2), tmp_path, signal.SIGTERM, "1")
+    assert ended.code == 143, ended.output
+    steps = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    arguments = [*_endless("manual_allreduce", 2), "--ckpt_path", "last", "--trainer.max_steps", str(steps + 3)]
+    resumed = gradsync(*arguments, cwd=tmp_path)
+    assert resumed.code == 0, resumed.output
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps + 3
