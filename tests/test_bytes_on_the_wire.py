@@ -55,8 +55,10 @@ class Count(pl.Callback):
 
 
 def _carried() -> int:
+    """Without headers of packets (14 bytes Ethernet, 20 IPv4, 32 TCP): on a busy machine there are more of them."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()
-    return int(next(line for line in lines if line.strip().startswith("lo:")).split(":")[1].split()[0])
+    num_bytes, num_packets = next(line for line in lines if line.strip().startswith("lo:")).split(":")[1].split()[:2]
+    return int(num_bytes) - 66 * int(num_packets)
 
 
 def _fit(rank: int, strategy: str, processes: int, options: dict[str, Any]) -> tuple[float, int]:
@@ -107,7 +109,7 @@ def test_reported_bytes_are_those_of_the_kernel(strategy: str, options: dict[str
     trainers = found[1:] if strategy == "parameter_server" else found
     carried = max(carried for _, carried in trainers)
     per_byte = 1 if strategy == "parameter_server" else 2  # the server reports nothing here
-    # headers of packets, acknowledgements and small messages: below 1 % of so many bytes
+    # what barriers, acknowledgements and ZeroMQ's frames add: below 1 % of so many bytes
     assert sum(reported for reported, _ in trainers) / per_byte == pytest.approx(carried, rel=0.01)
 
 
