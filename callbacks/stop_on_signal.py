@@ -76,7 +76,7 @@ class StopOnSignal(Callback):
         assert self._agreement is not None
         path = _checkpoint_path(trainer)
         if path is not None:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             self._agreement.saved()
             _requeue(trainer)
