@@ -42,7 +42,15 @@ class StopAgreement:
         self._store.set(_ASKED, str(signum))
 
     def due(self, step: int) -> int | None:
-        """Training ranks, at the end of every step, counted alike on all: the signal if this was the last one."""
+        """Training ranks, at the end of every step, counted alike on all: the signal if this was the last one.
+
+        None if the store has gone: then whoever hosted it has, and that is for others to tell.
+        """
+        with contextlib.suppress(dist.DistError):
+            return self._due(step)
+        return None
+
+    def _due(self, step: int) -> int | None:
         if self._rank == 0 and not self._store.check([_DECIDED]) and self._store.check([_ASKED]):
             last = 0 if self._margin is None else step + self._margin
             self._store.set(_DECIDED, f"{last} {int(self._store.get(_ASKED))}")

@@ -45,6 +45,8 @@ class ServerWatch:
         """From here on servers may end; returns when nothing watches any more."""
         os.close(self._stop_writer)
         self._thread.join()
+        if 0 in self._speaks_for and 0 in _ended(self._servers):  # the main thread was quicker to notice
+            _tell_of(0)
         if self._speaks_for:
             end_with_parent(True)
         for descriptor in (self._stop_reader, *self._servers):
@@ -59,7 +61,7 @@ class ServerWatch:
         stopping.register(self._stop_reader, select.POLLIN)
         if not stopping.poll(_GRACE_MS):
             # Only now: killed server 0 takes the others with it, and may be seen to have ended after them.
-            self._end(min(self._servers[fd] for fd, _ in poller.poll(0) if fd in self._servers))
+            self._end(min(_ended(self._servers)))
 
     def _end(self, server: int) -> None:
         for endpoint in self._endpoints:
@@ -67,6 +69,14 @@ class ServerWatch:
         if server in self._speaks_for:
             _tell_of(server)
         os._exit(1)
+
+
+def _ended(servers: Mapping[int, int]) -> list[int]:
+    """Numbers of those that have, by their descriptors."""
+    poller = select.poll()
+    for descriptor in servers:
+        poller.register(descriptor, select.POLLIN)
+    return [servers[descriptor] for descriptor, _ in poller.poll(0)]
 
 
 def _tell_of(server: int) -> None:
