@@ -7,20 +7,19 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.live import Live
 
+from .comparison_table import ComparisonTable
 from .processes import child_environment
 from .report import atomic_write_json, failed_filename, result_filename
 from .report.methods import Method, StemParts, join_stem
 
-_STEP = re.compile(r"^epoch (\d+) step (\d+)/(\d+)")
-_DONE = re.compile(r"^epoch (\d+)/\d+ done")
+_DONE = re.compile(r"^epoch \d+/\d+ done")
 _SHOWN = re.compile(r"^(epoch |server( \d+)?: )")
 _END_PATIENCE_S = 10.0
 
@@ -57,26 +56,25 @@ class ComparisonRuns:
         self._runs = runs
         self._output = output
         self._console = console
-        self._started = time.monotonic()
+        self._table = ComparisonTable((run.name, run.epochs) for run in runs)
         (output / "logs").mkdir(exist_ok=True)
 
     def execute(self) -> list[Run]:
         """Block until all have ended; return those that failed. Ctrl-C ends the one under way and raises."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f} % {task.fields[left]}"),
-        )
+        if not self._console.is_terminal:
+            return self._execute_all()
+        with Live(self._table, console=self._console, refresh_per_second=4):
+            return self._execute_all()
+
+    def _execute_all(self) -> list[Run]:
         failed = []
-        with Progress(*columns, console=self._console, disable=not self._console.is_terminal, transient=True) as bar:
-            self._task = bar.add_task("", total=len(self._runs), left="")
-            self._bar = bar
-            for number, run in enumerate(self._runs):
-                bar.update(self._task, description=f"{run.name} ({number + 1} of {len(self._runs)})")
-                error = self._execute(number, run)
-                if error is not None:
-                    self._say(run, f"FAILED: {error}")
-                    failed.append(run)
+        for number, run in enumerate(self._runs):
+            self._table.start(number)
+            error = self._execute(number, run)
+            self._table.end(number, failed=error is not None)
+            if error is not None:
+                self._say(f"[{run.name}] FAILED: {error}")
+                failed.append(run)
         return failed
 
     def _execute(self, number: int, run: Run) -> str | None:
@@ -86,7 +84,7 @@ class ComparisonRuns:
         paths = ["--run_dir", str(self._output / "tensorboard" / run.name), "--results", str(results)]
         command = [sys.executable, "-m", "gradsync", *run.arguments, *paths]
         (self._output / failed_filename(run.stem)).unlink(missing_ok=True)
-        self._say(run, f"starting, log in {log_path}")
+        self._tell(f"[{run.name}] starting, log in {log_path}")
         with log_path.open("w", buffering=1) as log:
             log.write(f"$ {' '.join(command)}\n")
             process = subprocess.Popen(
@@ -123,28 +121,21 @@ class ComparisonRuns:
         for line in output:
             log.write(line)
             last = [*last[-199:], line.rstrip()]
+            self._table.read(number, line)
             if _SHOWN.match(line):
-                self._show_progress(number, run, line)
-                self._say(run, line.rstrip())
+                self._tell(f"[{run.name}] {line.rstrip()}")
+            if _DONE.match(line):
+                parts = (f"{self._table.part_done:.0%} of the comparison", self._table.left())
+                self._tell(", ".join(part for part in parts if part))
         return last
 
-    def _show_progress(self, number: int, run: Run, line: str) -> None:
-        if step := _STEP.match(line):
-            epoch, at, steps = map(int, step.groups())
-            epochs_done = epoch - 1 + at / steps
-        elif done := _DONE.match(line):
-            epochs_done = int(done.group(1))
-        else:
-            return
-        completed = number + min(1.0, epochs_done / run.epochs)
-        left_s = (time.monotonic() - self._started) / completed * (len(self._runs) - completed)
-        left = f"about {left_s / 60:.0f} min left" if left_s > 90 else f"about {left_s:.0f} s left"
-        self._bar.update(self._task, completed=completed, left=left)
-        if _DONE.match(line) and not self._console.is_terminal:
-            self._console.print(f"{completed / len(self._runs):.0%} of the comparison, {left}", markup=False)
+    def _tell(self, line: str) -> None:
+        """Where there is no table."""
+        if not self._console.is_terminal:
+            self._say(line)
 
-    def _say(self, run: Run, line: str) -> None:
-        self._console.print(f"[{run.name}] {line}", markup=False, soft_wrap=True)
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, soft_wrap=True)
 
 
 def _environment() -> dict[str, str]:
