@@ -6,6 +6,7 @@ import importlib
 
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 
+from .callbacks.run_environment import strategy_class_flag
 from .errors import UserError
 from .strategies import STRATEGIES
 
@@ -33,15 +34,13 @@ def check_name(name: str) -> None:
 
 
 def strategy_name(given: str) -> str:
-    """What a strategy given by name or class path is called in results: its ``strategy_name``, if it has one.
+    """What a strategy given by name or class path is called in results.
 
     Raises:
         UserError: the class path leads nowhere.
     """
     cls = strategy_class(given)
-    if cls is None:
-        return given
-    return "ddp" if cls is DDPStrategy else getattr(cls, "strategy_name", cls.__name__)
+    return given if cls is None else strategy_class_flag(cls)
 
 
 def strategy_class(given: str) -> type | None:

@@ -47,10 +47,16 @@ def run_environment(trainer: pl.Trainer) -> dict[str, Any]:
 
 def strategy_flag(strategy: object) -> str:
     """What selects `strategy` on the command line; its class name where nothing shorter does."""
-    name = getattr(strategy, "strategy_name", None)
-    if isinstance(name, str):
-        return name
-    return "ddp" if type(strategy) is DDPStrategy else type(strategy).__name__
+    return strategy_class_flag(type(strategy))
+
+
+def strategy_class_flag(cls: type) -> str:
+    """The same of a class. One of somebody else's that only inherits a name has none: it is not its parent."""
+    if cls is DDPStrategy:
+        return "ddp"
+    inherits = "strategy_name" not in vars(cls) and not cls.__module__.startswith("lightning.")
+    name = None if inherits else getattr(cls, "strategy_name", None)
+    return name if isinstance(name, str) else cls.__name__
 
 
 def strategy_options(strategy: object) -> dict[str, Any]:
