@@ -10,7 +10,6 @@ from typing import Any, final
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -26,10 +25,10 @@ from ..comm.server.shards import Cut, spread
 from ..comm.stop import StopAgreement
 from ..comm.tracer import Tracer
 from ..errors import StoppedBySignal, UserError
-from .collective import CollectiveStrategy
 from .last_words import last_words, take_over
 from .metric_sync import MetricSync
 from .rendezvous import roll_call
+from .served_world import ServedWorldStrategy
 from .server_connection import ServerConnection
 from .server_launcher import ServerLauncher, ServingDone
 from .server_options import ServerOptions
@@ -44,7 +43,7 @@ _TRACE_KEY = "trace folder"
 
 
 @final
-class ParameterServerStrategy(CollectiveStrategy):
+class ParameterServerStrategy(ServedWorldStrategy):
     """Parameter server on one host: N processes are S servers and N - S workers.
 
     Lightning's world is the workers: ``trainer.world_size`` is N - S, ``trainer.is_global_zero`` is true in the
@@ -79,7 +78,6 @@ class ParameterServerStrategy(CollectiveStrategy):
 
     strategy_name = "parameter_server"
     communicates_in_optimizer_step = True
-    num_servers = 1
 
     def __init__(
         self,
@@ -119,48 +117,11 @@ class ParameterServerStrategy(CollectiveStrategy):
         self._client: ServersClient | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
 
-    # -- topology --------------------------------------------------------------------------------------------
-
-    @property
-    def process_rank(self) -> int:
-        """Rank among all processes, of which the first are the servers."""
-        return self.cluster_environment.global_rank() if self.cluster_environment is not None else 0
-
-    @property
-    def is_server(self) -> bool:
-        return self.process_rank < self.num_servers
-
-    @property
-    @override
-    def world_size(self) -> int:
-        return self.num_nodes * self.num_processes - self.num_servers
-
-    @property
-    @override
-    def global_rank(self) -> int:
-        """Rank among the workers. Servers take those after the last: rank-zero work is not their own."""
-        return self.process_rank + (self.world_size if self.is_server else -self.num_servers)
-
-    @property
-    @override
-    def local_rank(self) -> int:
-        return super().local_rank + (self.world_size if self.is_server else -self.num_servers)
-
-    @override
-    def set_world_ranks(self) -> None:
-        if self.num_nodes > 1:
-            raise UserError("--trainer.strategy parameter_server runs on one host so far: set --trainer.num_nodes 1")
-        if self.num_processes <= self.num_servers:
-            raise UserError(
-                f"--trainer.strategy parameter_server needs at least {self.num_servers + 1} processes "
-                f"({self.num_servers} server{'s' * (self.num_servers > 1)} and 1 worker): set --trainer.devices "
-                f"{self.num_servers + 1} or more, got {self.num_processes}"
-            )
-        super().set_world_ranks()
-
     @override
     def _configure_launcher(self) -> None:
         self._launcher = ServerLauncher(self, self.cluster_environment, self.num_processes, self.num_nodes)
+
+    # -- what options come to -------------------------------------------------------------------------------
 
     @property
     def _part_mib(self) -> float:
@@ -200,7 +161,7 @@ class ParameterServerStrategy(CollectiveStrategy):
                 connection.watch([0], speaks_for=[])
         else:
             connection.find()
-            connection.watch(range(self.num_servers), self._speaks_for())
+            connection.watch(range(self.num_servers), self.servers_to_tell_of())
             self.join_workers()
             connection.connect(self.global_rank)
         timeouts = (self.start_timeout, self.step_timeout)
@@ -212,11 +173,6 @@ class ParameterServerStrategy(CollectiveStrategy):
         if self._options.is_sync:
             return super().steps_ahead
         return None if self._options.bound is None else self._options.bound + 2
-
-    def _speaks_for(self) -> list[int]:
-        """The first worker tells whose end nobody else would: server 0 names its children, torchrun only ranks."""
-        external = not isinstance(self.cluster_environment, LightningEnvironment)
-        return [s for s in range(self.num_servers) if self.global_rank == 0 and (s == 0 or external)]
 
     def join_workers(self) -> None:
         """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
