@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, final
@@ -51,13 +52,14 @@ class StopOnSignal(Callback):
         trains = not getattr(strategy, "is_server", False)
         rank, margin = trainer.global_rank if trains else None, getattr(strategy, "steps_ahead", _STEPS_AHEAD)
         self._agreement = StopAgreement(_store(strategy), rank, margin)
-        self._listener = SignalListener(_SIGNALS, self._agreement.ask)
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+            self._listener = SignalListener(_SIGNALS, self._agreement.ask)
         self._steps = 0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._listener is not None
-        self._listener.listen()  # Lightning has set its own meanwhile
+        if self._listener is not None:
+            self._listener.listen()  # Lightning has set its own meanwhile
         self._global_step = trainer.global_step
 
     @override

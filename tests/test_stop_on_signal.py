@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Ended, gradsync, run_command, tiny_fit
+from torch.utils.data import DataLoader
+from training import Mlp, make_data, make_trainer
+
+from gradsync.callbacks import StopOnSignal
 
 RUNS = {"ddp": 2, "manual_allreduce": 3, "sharded_server": 2, "parameter_server": 3}
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
@@ -70,3 +75,12 @@ def test_a_stopped_run_goes_on_from_there(tmp_path: Path) -> None:
     resumed = gradsync(*arguments, cwd=tmp_path)
     assert resumed.code == 0, resumed.output
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == steps + 3
+
+
+def test_a_fit_in_another_thread_hears_nothing_and_trains(tmp_path: Path) -> None:
+    trainer = make_trainer("auto", 1, max_steps=2, callbacks=[StopOnSignal()], default_root_dir=str(tmp_path))
+    points = DataLoader(make_data(), batch_size=8)
+    thread = threading.Thread(target=trainer.fit, args=(Mlp(), points, points))
+    thread.start()
+    thread.join()
+    assert trainer.global_step == 2
