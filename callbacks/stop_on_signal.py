@@ -23,7 +23,7 @@ from ..signals import SignalListener
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _STEPS_AHEAD = 8
-"""Of Lightning's own strategies: hosts run ahead of CUDA devices, but a launch queue holds about a thousand kernels."""
+"""Hosts run ahead of CUDA devices, but a launch queue holds about a thousand kernels: a few steps."""
 _SAVING_TAKES = timedelta(minutes=10)
 
 
@@ -50,8 +50,7 @@ class StopOnSignal(Callback):
             return
         strategy = trainer.strategy
         trains = not getattr(strategy, "is_server", False)
-        rank, margin = trainer.global_rank if trains else None, getattr(strategy, "steps_ahead", _STEPS_AHEAD)
-        self._agreement = StopAgreement(_store(strategy), rank, margin)
+        self._agreement = StopAgreement(_store(strategy), trainer.global_rank if trains else None, _margin(strategy))
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
             self._listener = SignalListener(_SIGNALS, self._agreement.ask)
         self._steps = 0
@@ -99,6 +98,13 @@ def _store(strategy: Any) -> dist.Store:
     if (store := getattr(strategy, "store", None)) is not None:
         return store
     return dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+
+
+def _margin(strategy: Any) -> int | None:
+    """How far ahead of rank 0 another one can be; Lightning's own strategies do not say."""
+    if hasattr(strategy, "steps_ahead"):
+        return strategy.steps_ahead
+    return 1 if strategy.root_device.type == "cpu" else _STEPS_AHEAD
 
 
 def _checkpoint_path(trainer: pl.Trainer) -> Path | None:

@@ -12,13 +12,14 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from typing_extensions import override
 
 from ..errors import UserError
 from .bundled_images import BUNDLED_NAME, bundled_image_tree
-from .training_images import EpochSampler, TrainingImages, load_image
+from .sampling import EpochSampler, ResumableLoader
+from .training_images import TrainingImages, load_image
 from .transforms import demo_eval_transform, demo_train_transform, eval_transform, train_transform
 
 Batch = tuple[Tensor, Tensor]
@@ -135,14 +136,20 @@ class ImageNetDataModule(LightningDataModule):
         assert self._train is not None, "setup() comes first"
         # Of its own and not Lightning's, because the images must know the epoch. drop_last: no image comes twice.
         sampler = EpochSampler(self._train, seed=self._train.seed, drop_last=True, **self._share())
-        return self._loader(self._train, sampler, drop_last=True)
+        options = self._loader_options(drop_last=True)
+        if self.trainer is None:
+            return DataLoader(self._train, sampler=sampler, **options)
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        return ResumableLoader(
+            self._train, sampler=sampler, progress=lambda: epoch_loop.batch_progress.current, **options
+        )
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
         assert self._val is not None, "setup() comes first"
         # Lightning's own choice would repeat images to give all ranks the same number, and bias the accuracy.
         sampler = UnrepeatedDistributedSampler(self._val, shuffle=False, **self._share())
-        return self._loader(self._val, sampler, drop_last=False)
+        return DataLoader(self._val, sampler=sampler, **self._loader_options(drop_last=False))
 
     @override
     def test_dataloader(self) -> DataLoader[Batch]:
@@ -157,19 +164,17 @@ class ImageNetDataModule(LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return kwargs or {"num_replicas": 1, "rank": 0}
 
-    def _loader(self, images: ImageFolder, sampler: Sampler[Any], drop_last: bool) -> DataLoader[Batch]:
+    def _loader_options(self, drop_last: bool) -> dict[str, Any]:
         num_workers = self._resolved_num_workers()
         if num_workers == 0:  # chosen on purpose
             warnings.filterwarnings("ignore", _FEW_WORKERS_WARNING, category=PossibleUserWarning)
-        return DataLoader(
-            images,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            drop_last=drop_last,
-        )
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": num_workers,
+            "persistent_workers": num_workers > 0,
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            "drop_last": drop_last,
+        }
 
     def _resolved_num_workers(self) -> int:
         if self.num_workers is not None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from typing_extensions import override
@@ -53,17 +52,6 @@ class TrainingImages(ImageFolder):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         with _random_state((self.seed, int(self._epoch), index)):
             return super().__getitem__(index)
-
-
-@final
-class EpochSampler(DistributedSampler[TrainingImages]):
-    """Shuffled share of one rank. Lightning calls ``set_epoch``, and this hands the epoch on to the images."""
-
-    @override
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch)
-        assert isinstance(self.dataset, TrainingImages)
-        self.dataset.set_epoch(epoch)
 
 
 @contextmanager
