@@ -139,10 +139,11 @@ class ImageNetDataModule(LightningDataModule):
         options = self._loader_options(drop_last=True)
         if self.trainer is None:
             return DataLoader(self._train, sampler=sampler, **options)
-        epoch_loop = self.trainer.fit_loop.epoch_loop
-        return ResumableLoader(
-            self._train, sampler=sampler, progress=lambda: epoch_loop.batch_progress.current, **options
-        )
+        return ResumableLoader(self._train, sampler=sampler, progress=self._progress, **options)
+
+    def _progress(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
