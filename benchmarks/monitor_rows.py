@@ -19,6 +19,7 @@ from gradsync.callbacks import (
     LineProgress,
     ResultsWriter,
     RunSummary,
+    StopOnSignal,
     TraceWriter,
 )
 from gradsync.callbacks.span_file import SpanFile
@@ -88,6 +89,7 @@ def _observed(process: Process, workload: Workload, clock: StepClock, *more: Cal
         ResultsWriter(folder),
         Dashboard(),
         RunSummary(),
+        StopOnSignal(),
         *more,
     ]
     own = OwnTime()
