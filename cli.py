@@ -1,4 +1,4 @@
-"""The front door: ``gradsync fit | validate | test | predict | compare | report``."""
+"""The front door: ``gradsync fit | validate | test | predict | compare | convert | report``."""
 
 if not __package__:  # started as a file (`python cli.py fit ...`): run the installed package instead
     import os
@@ -28,6 +28,7 @@ _COMMANDS = {
     "test": "evaluate on the test set",
     "predict": "predict with a trained model",
     "compare": "train under several strategies, one after another, and report what each costs",
+    "convert": "write an image folder as Parquet shards, for fast and for remote storage",
     "report": "make tables, plots, text and a page from the result files of a folder, or compare two folders",
 }
 
@@ -44,6 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
         from .compare import main as compare
 
         _guarded(lambda: compare(rest))
+    elif command == "convert":
+        from .convert import main as convert
+
+        _guarded(lambda: convert(rest))
     elif command == "report":
         from .report.command import main as report
 
@@ -108,7 +113,7 @@ def _tell(error: Exception, records: FailureRecords) -> None:
     print(f"gradsync: error: {text or f'{type(error).__name__}: {error}'}", file=sys.stderr)
 
 
-def _run_lightning(arguments: list[str]) -> None:
+def _run_lightning(arguments: list[str]) -> Any:
     from .lightning_cli import GradsyncCLI
     from .strategy_flag import expand
 
@@ -117,8 +122,11 @@ def _run_lightning(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*", module="lightning")
     # A checkpoint of fit names the callbacks that wrote it; an evaluation does without them.
     warnings.filterwarnings("ignore", message=r"Be aware that when using `ckpt_path`")
+    # Ours builds the network there, and does not shard it.
+    warnings.filterwarnings("ignore", message=r"You're using the WeightAveraging callback with a model that overrides")
     cli = GradsyncCLI.from_command_line()
     cli.wait_for_children()
+    return cli
 
 
 if __name__ == "__main__":

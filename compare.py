@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from .comparison_runs import ComparisonRuns, Run
-from .datamodules.imagenet import check_tree
+from .datamodules.opening import check_root
 from .errors import UserError
 from .report import atomic_write_json, make_report
 from .report.comparison import plural
@@ -145,7 +145,7 @@ def _check(options: argparse.Namespace, extra: list[str], output: Path) -> Plan:
     if options.demo and options.data_dir is not None:
         raise UserError("--demo uses the bundled images: leave out --data-dir, or leave out --demo")
     if options.data_dir is not None:
-        check_tree(options.data_dir)
+        check_root(str(options.data_dir))
     weights = options.weights
     if weights is not None and weights.endswith(".pth") and not Path(weights).is_file():
         raise UserError(f"--weights: there is no file {weights}")

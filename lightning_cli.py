@@ -114,8 +114,7 @@ class GradsyncCLI(LightningCLI):
         config["plugins"] = self._plugins(config.get("plugins"))
         if self.subcommand != "fit":  # an evaluation prints its figures and leaves no files
             self.save_config_callback = None
-            config.setdefault("logger", None)
-            config["logger"], config["enable_checkpointing"] = config["logger"] or False, False
+            config["logger"], config["enable_checkpointing"] = config.get("logger") or False, False
             config["callbacks"] = [*(config.get("callbacks") or []), *self._observers(config)]
             return super().instantiate_trainer(**kwargs)
         if self._get(self.config, "ckpt_path") == "last" and self._get(self.config, "run_dir") is None:

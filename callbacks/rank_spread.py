@@ -16,12 +16,13 @@ SPREAD_FIGURES = {"exposed_ms": "comm/exposed_ms", "compute_ms": "time/compute_m
 def rank_spread(trainer: pl.Trainer, mean: StepBreakdown) -> dict[str, tuple[float, float]]:
     """Smallest and largest value over ranks of each of :data:`SPREAD_FIGURES`; blocks, called on all ranks."""
     own = torch.tensor([getattr(mean, name) for name in SPREAD_FIGURES], dtype=torch.float64)
-    ranks = _gather(trainer, own.to(trainer.strategy.root_device)).reshape(-1, len(SPREAD_FIGURES)).cpu()
+    ranks = gather(trainer, own.to(trainer.strategy.root_device)).reshape(-1, len(SPREAD_FIGURES)).cpu()
     low, high = ranks.min(dim=0).values.tolist(), ranks.max(dim=0).values.tolist()
     return dict(zip(SPREAD_FIGURES, zip(low, high, strict=True), strict=True))
 
 
-def _gather(trainer: pl.Trainer, own: Tensor) -> Tensor:
+def gather(trainer: pl.Trainer, own: Tensor) -> Tensor:
+    """The ranks' tensors, one after another; blocks, called on all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return trainer.strategy.all_gather(own)
     ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]

@@ -21,6 +21,7 @@ from .results_record import SCHEMA_VERSION, average_communication, communication
 from .run_environment import num_servers, run_environment, strategy_flag
 from .step_breakdown import RunningMean, StepBreakdown
 from .training_loss import training_loss
+from .unread_images import unread_images
 
 
 @final
@@ -63,6 +64,7 @@ class ResultsWriter(Callback):
         self._epochs: list[dict[str, Any]] = []
         self._all_losses: list[float] = []
         self._run = RunningMean()
+        self._unread_images: dict[str, Any] = {}
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -181,6 +183,7 @@ class ResultsWriter(Callback):
         metrics = trainer.callback_metrics  # on every rank: computing a metric can be collective
         mean = self._monitor.epoch_summary()
         ranks = rank_spread(trainer, mean) if mean is not None and trainer.world_size > 1 else {}
+        self._unread_images = unread_images(trainer)
         if not trainer.is_global_zero:
             return
         self._read_losses()
@@ -227,6 +230,7 @@ class ResultsWriter(Callback):
             "summary": summary,
             "epochs": self._epochs,
             "comm": None if mean is None else communication(mean),
+            **({"bad_samples": self._unread_images} if self._unread_images else {}),
             "environment": self._environment,
             "config": self.config,
             "all_losses": self._all_losses,

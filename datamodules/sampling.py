@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from .training_images import TrainingImages
+from .images import TrainingImages
 
 
 @final
@@ -42,8 +42,9 @@ class EpochSampler(DistributedSampler[TrainingImages]):
 
     @override
     def __iter__(self) -> Iterator[Any]:
+        assert isinstance(self.dataset, TrainingImages)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.dataset), generator=generator).tolist()  # pyright: ignore[reportArgumentType]
+        order = self.dataset.reader.source.order(generator).tolist()
         rest = order[self._start[1] if self.starts_within(self.epoch) else 0 :]
         return iter(rest[self.rank : len(rest) // self.num_replicas * self.num_replicas : self.num_replicas])
 
@@ -94,3 +95,12 @@ class ResumableLoader(DataLoader[Any]):
         counters = self._progress()
         counters.completed = done - (counters.processed - counters.completed)
         counters.ready = counters.started = counters.processed = done
+
+
+@final
+class EvaluationLoader(DataLoader[Any]):
+    """A loader that leaves out batches of which no sample could be read."""
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        yield from (batch for batch in super().__iter__() if batch is not None)

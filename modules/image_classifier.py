@@ -26,8 +26,22 @@ Batch = tuple[Tensor, Tensor]
 
 
 @final
+class _Shared:
+    """A function that copies of the module share: averaging weights copies it, the command line's cannot be copied."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any) -> Any:
+        return self._make(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+@final
 class ImageClassifier(LightningModule):
-    """Classifies images (N, 3, H, W); a batch is (images, labels (N,)).
+    """Classifies images (N, 3, H, W); a batch is (images, labels (N,)), or in training probabilities (N, num_classes).
 
     Logs ``train/loss`` for every step on its own rank; for every epoch and over all ranks ``train/loss_epoch``,
     ``train/top1``, ``val/loss``, ``val/top1``, ``val/top5`` and the same three of ``test/``. Accuracies are percent.
@@ -44,6 +58,9 @@ class ImageClassifier(LightningModule):
         zero_init_residual: Start every residual block of a ResNet as the identity.
         channels_last: Keep images and weights in channels-last memory format.
         optimizer: Optimizer of the parameters.
+        decay_norms_and_biases: Whether the optimizer's weight decay holds for parameters of one dimension, too.
+        reference_batch_size: Global batch size that the optimizer's learning rate is meant for: for another it is
+            scaled in proportion (https://arxiv.org/abs/1706.02677). Not scaled without it.
         schedule: Factor on the learning rate at every step of the run: ``one_cycle``, ``cosine`` or ``constant``.
         warmup_epochs: Epochs in which the learning rate rises. Without it 30 % of the run for ``one_cycle``, else 0.
         lr_scheduler: A scheduler to step after every epoch, instead of ``schedule``.
@@ -60,11 +77,15 @@ class ImageClassifier(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
             params, lr=0.05, momentum=0.9, weight_decay=1e-4, fused=True
         ),
+        decay_norms_and_biases: bool = True,
+        reference_batch_size: int | None = None,
         schedule: Schedule = "one_cycle",
         warmup_epochs: float | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        if reference_batch_size is not None and reference_batch_size < 1:
+            raise UserError(f"--model.reference_batch_size must be >= 1, got {reference_batch_size}")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.arch = check_arch(arch)
         self.weights = weights
@@ -72,10 +93,12 @@ class ImageClassifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.zero_init_residual = zero_init_residual
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.optimizer = optimizer
+        self.optimizer = _Shared(optimizer)
+        self.decay_norms_and_biases = decay_norms_and_biases
+        self.reference_batch_size = reference_batch_size
         self.schedule: Schedule = schedule
         self.warmup_epochs = warmup_epochs
-        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler = lr_scheduler and _Shared(lr_scheduler)
         self.net: nn.Module | None = None
 
     @override
@@ -120,7 +143,8 @@ class ImageClassifier(LightningModule):
         logits = self(images)
         loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
-        self._log_epoch("train", loss, logits, labels)
+        # A mixed image counts as the class that it has most of.
+        self._log_epoch("train", loss, logits, labels.argmax(1) if labels.is_floating_point() else labels)
         return loss
 
     @override
@@ -157,11 +181,33 @@ class ImageClassifier(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(self._parameter_groups())
+        if self.reference_batch_size is not None:
+            factor = self._global_batch_size() / self.reference_batch_size
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
         if self.lr_scheduler is not None:
             return LightningCLI.configure_optimizers(self, optimizer, self.lr_scheduler(optimizer))
         scheduler = LambdaLR(optimizer, self._learning_rate_factor())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _parameter_groups(self) -> Any:
+        if self.decay_norms_and_biases:
+            return self.parameters()
+        decayed = [parameter for parameter in self.parameters() if parameter.ndim > 1]
+        others = [parameter for parameter in self.parameters() if parameter.ndim <= 1]
+        return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+    def _global_batch_size(self) -> int:
+        """Images per optimizer step of all training processes."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        batch_size: int | None = getattr(datamodule, "batch_size", None)
+        if batch_size is None:
+            raise UserError(
+                "--model.reference_batch_size needs a data module that says its `batch_size`: leave it out, and give"
+                " the learning rate for your batch"
+            )
+        return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def _learning_rate_factor(self) -> Callable[[int], float]:
         total_steps = self.trainer.estimated_stepping_batches

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from .circumstances import flat_settings, shared, value_text
 from .comparison import Comparison, plural
 from .fields import one_line
-from .figures import shown_count
+from .figures import ratio, shown_count
 from .noise import LOAD_KEY, noise_lines
 from .results import Result
 
@@ -30,6 +30,9 @@ _VARIED_SETTINGS = (
 OWN_TO_A_RUN = ("strategy_options", LOAD_KEY)
 """Of the environment: what may well differ from run to run."""
 
+_LOADER_BOUND = 0.2
+"""Share of a step that waits for data from which a run is called so."""
+
 # What a difference means for the figures, where that is not plain.
 _CONSEQUENCES = {
     "seed": " Their data order and losses need not be the same.",
@@ -47,6 +50,8 @@ def warning_lines(comparison: Comparison) -> list[str]:
     checks: tuple[Callable[[Comparison], Iterator[str]], ...] = (
         _demo_data,
         _incomplete,
+        _unread_images,
+        _waiting_for_data,
         noise_lines,
         _unequal_processes,
         _unequal_basics,
@@ -79,6 +84,24 @@ def _planned_epochs(result: Result) -> int | None:
     trainer = result.config.get("trainer")
     planned = trainer.get("max_epochs") if isinstance(trainer, Mapping) else None
     return planned if isinstance(planned, int) and planned > 0 else None
+
+
+def _unread_images(comparison: Comparison) -> Iterator[str]:
+    for result in comparison.results:
+        if result.num_bad_samples > 0:
+            count = plural(round(result.num_bad_samples), "image")
+            yield f"{result.filename}: {count} could not be read and were left out, first {result.first_bad_sample}."
+
+
+def _waiting_for_data(comparison: Comparison) -> Iterator[str]:
+    """A run that its loader holds back says little about its strategy."""
+    for group in comparison.groups:
+        share = ratio(group.comm("data_ms").median, group.comm("step_ms").median)
+        if share >= _LOADER_BOUND:
+            yield (
+                f"{comparison.label(group)} is loader-bound: {share:.0%} of a step is waiting for data. Its speed says "
+                "more about the loader than about the strategy: raise --data.num_workers."
+            )
 
 
 def _unequal_processes(comparison: Comparison) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, final
 
 from .absent import describe_failure, describe_missing
-from .fields import Fields, UnusableError, printable, read_json_object, shortened
+from .fields import Fields, UnusableError, one_line, printable, read_json_object, shortened
 from .figures import NAN, first, largest, mean, ratio
 from .methods import FAILED_PATTERN, RESULT_PATTERN, StemParts, split_stem, strategy_of
 
@@ -94,6 +94,9 @@ class Result:
     """Steps that time figures are means of; 0 where only warm-up steps were there. NaN: the file does not say."""
     environment: dict[str, Any]
     config: dict[str, Any]
+    num_bad_samples: float = NAN
+    """Images that could not be read and were left out. NaN: the file does not say."""
+    first_bad_sample: str = ""
 
     @property
     def server_processes(self) -> int:
@@ -191,7 +194,13 @@ def _result(
         measured_steps=_measured_steps(epoch_fields),
         environment=fields.mapping("environment"),
         config=fields.mapping("config"),
+        num_bad_samples=fields.record("bad_samples").number("count", minimum=0),
+        first_bad_sample=_first_name(fields.mapping("bad_samples").get("first")),
     )
+
+
+def _first_name(names: object) -> str:
+    return one_line(names[0]) if isinstance(names, list) and names and isinstance(names[0], str) else "not named"
 
 
 def _epoch(fields: Fields, index: int) -> Epoch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_distributed
+from image_trees import batches_of, epoch_of, ready
 from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from gradsync.datamodules import ImageNetDataModule
 from gradsync.errors import UserError
@@ -48,33 +47,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
-def ready(datamodule: ImageNetDataModule, rank: int = 0, world_size: int = 1) -> ImageNetDataModule:
-    """As Lightning would have it on one rank."""
-    fake: Any = types.SimpleNamespace(
-        world_size=world_size,
-        num_devices=world_size,
-        distributed_sampler_kwargs={"num_replicas": world_size, "rank": rank},
-        strategy=types.SimpleNamespace(root_device=torch.device("cpu")),
-    )
-    datamodule.trainer = fake
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    return datamodule
-
-
-def epoch_of(loader: DataLoader[Any], epoch: int) -> tuple[Tensor, Tensor]:
-    sampler: Any = loader.sampler
-    sampler.set_epoch(epoch)
-    images, labels = zip(*loader, strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
 def test_attributes_of_an_image_folder(root: Path) -> None:
     data = ready(ImageNetDataModule(str(root), batch_size=4, image_size=16))
     assert data.class_names == CLASSES
     assert data.num_classes == 3
     assert not data.is_demo
-    assert data.description == f"{root} (3 classes): 24 train, 9 val images of 16x16"
+    assert data.description == f"{root} (image folder, 3 classes): 24 train, 9 val images of 16x16"
 
 
 def test_attributes_of_the_bundled_images() -> None:
@@ -92,7 +70,7 @@ def test_attributes_of_the_bundled_images() -> None:
 
 def test_batches(root: Path) -> None:
     data = ready(ImageNetDataModule(root, batch_size=5, image_size=16, num_workers=0))
-    batches = list(data.train_dataloader())
+    batches = batches_of(data, data.train_dataloader())
     assert [len(labels) for _, labels in batches] == [5, 5, 5, 5]  # 24 images: the smaller rest is left out
     images, labels = batches[0]
     assert images.shape == (5, 3, 16, 16)
@@ -110,7 +88,7 @@ def test_images_are_224_pixels_unless_told_otherwise(root: Path) -> None:
 
 def test_grey_files_become_rgb(root: Path) -> None:
     data = ready(ImageNetDataModule(root, 4, image_size=16, num_workers=0))
-    images, _ = next(iter(data.val_dataloader()))
+    images, _ = batches_of(data, data.val_dataloader())[0]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     pixels = images * std + mean
     assert torch.allclose(pixels[:, 0], pixels[:, 1], atol=1e-5)
@@ -121,7 +99,7 @@ def test_order_and_augmentation_do_not_depend_on_workers_or_on_the_global_random
     def epochs(num_workers: int) -> list[tuple[Tensor, Tensor]]:
         data = ready(ImageNetDataModule(root, batch_size=4, image_size=16, num_workers=num_workers))
         loader = data.train_dataloader()  # its workers live through all epochs
-        return [epoch_of(loader, epoch) for epoch in (0, 1, 0)]
+        return [epoch_of(data, loader, epoch) for epoch in (0, 1, 0)]
 
     torch.manual_seed(1)
     first, second, first_again = epochs(num_workers=0)
@@ -208,7 +186,7 @@ def test_flags(root: Path) -> None:
     parser.add_lightning_class_args(ImageNetDataModule, "data")
     config = parser.parse_args(["--data.root", str(root), "--data.batch_size", "7"])
     data = parser.instantiate_classes(config).data
-    assert data.root == root
+    assert data.root == str(root)
     assert data.batch_size == 7
     assert parser.instantiate_classes(parser.parse_args(["--data.root", "null"])).data.is_demo
     assert str(root) in parser.dump(config)
@@ -223,8 +201,8 @@ def error_of(datamodule: ImageNetDataModule, world_size: int = 1) -> str:
 def test_error_without_a_folder(tmp_path: Path) -> None:
     root = tmp_path / "nowhere"
     text = error_of(ImageNetDataModule(root))
-    assert text.startswith(f"no such folder: {root}, {root}/train, {root}/val. Looked for {root}/train and {root}/val.")
-    assert "Expected below --data.root:" in text
+    assert text.startswith(f"no such folder: {root}, {root}/train, {root}/val. Looked for {root}/train and {root}/val,")
+    assert "Expected below --data.root, an image folder" in text
     assert f"  {root}/\n    train/\n      <class>/" in text
     assert "Leave --data.root out" in text
 
@@ -241,7 +219,7 @@ def test_error_with_images_outside_class_folders(root: Path) -> None:
     write_image(flat / "ILSVRC2012_val_00000001.JPEG", 0)
     text = error_of(ImageNetDataModule(root))
     assert f"Couldn't find any class folder in {flat}" in text
-    assert "Expected below --data.root:" in text
+    assert "Expected below --data.root" in text
 
 
 def test_error_with_an_empty_class(root: Path) -> None:
@@ -249,7 +227,7 @@ def test_error_with_an_empty_class(root: Path) -> None:
         file.unlink()
     text = error_of(ImageNetDataModule(root))
     assert "Found no valid file for the classes bread" in text
-    assert "Expected below --data.root:" in text
+    assert "Expected below --data.root" in text
 
 
 def test_error_with_different_classes(root: Path) -> None:
@@ -290,7 +268,7 @@ def test_error_with_a_damaged_image_names_the_file(root: Path, content: bytes | 
     victim = root / "val" / "apple" / "0.png"
     victim.write_bytes(content if isinstance(content, bytes) else victim.read_bytes()[:300])
     loader = ready(ImageNetDataModule(root, 4, 0, 16)).val_dataloader()
-    with pytest.raises(UserError, match=f"cannot read the image {victim}: "):
+    with pytest.raises(UserError, match=rf"cannot read the image {victim} \(index 0\): "):
         next(iter(loader))
 
 

@@ -16,7 +16,9 @@ from torch import nn
 from training import make_trainer, quiet
 
 from gradsync.callbacks import StopOnSignal
+from gradsync.convert import main as convert
 from gradsync.datamodules import ImageNetDataModule
+from gradsync.datamodules.bundled_images import bundled_image_tree
 from gradsync.errors import StoppedBySignal
 
 STEPS_PER_EPOCH = 5
@@ -58,11 +60,13 @@ def _fit(folder: Path, resume: str | None = None, world_size: int = 1, **options
     quiet()
     num_workers, kill_after = options.pop("num_workers", 0), options.pop("kill_after", None)
     checkpoints = ModelCheckpoint(folder, save_top_k=-1, **options.pop("checkpoints", {}))
-    record, model = Record(kill_after), Linear()
+    record, model, data_options = Record(kill_after), Linear(), options.pop("data", {})
     options = {"max_steps": -1, "max_epochs": 3, "limit_val_batches": 1, "enable_checkpointing": True, **options}
     callbacks = [record, checkpoints, *([StopOnSignal()] if kill_after else [])]
     trainer = make_trainer("ddp" if world_size > 1 else "auto", world_size, callbacks=callbacks, **options)
-    data = ImageNetDataModule(batch_size=GLOBAL_BATCH // world_size, num_workers=num_workers)
+    data = ImageNetDataModule(
+        batch_size=GLOBAL_BATCH // world_size, num_workers=num_workers, image_size=32, **data_options
+    )
     if kill_after:
         with pytest.raises(StoppedBySignal):
             trainer.fit(model, datamodule=data)
@@ -80,10 +84,23 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled images in 7 shards of 3 row groups."""
+    folder = tmp_path_factory.mktemp("shards")
+    convert([str(bundled_image_tree()), str(folder), "--images-per-shard", "250"])
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["image folder", "Parquet"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_sees_what_the_uninterrupted_one_does(case: str, num_workers: int, tmp_path: Path) -> None:
-    options = {**CASES[case], "num_workers": num_workers}
+def test_a_resumed_run_sees_what_the_uninterrupted_one_does(
+    case: str, num_workers: int, kind: str, shards: Path, tmp_path: Path
+) -> None:
+    # A window that is less than the whole; and every augmentation, since mixing draws for a whole batch.
+    parquet = {"root": shards, "shuffle_window": 400, "mixup": 0.2, "cutmix": 1.0, "random_erasing": 0.2}
+    options = {**CASES[case], "num_workers": num_workers, "data": parquet if kind == "Parquet" else {}}
     whole, trained = _fit(tmp_path / "whole", **dict(options))
     assert len(whole) == 3 * STEPS_PER_EPOCH
     files = sorted((tmp_path / "whole").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
@@ -96,10 +113,12 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_does(case: str, num_worke
             assert torch.equal(a, b), file.name
 
 
-def test_a_run_stopped_by_a_signal_goes_on_where_it_was(tmp_path: Path) -> None:
-    whole, _ = _fit(tmp_path / "whole")
-    begun, _ = _fit(tmp_path / "stopped", kill_after=7, num_workers=2)
-    rest, _ = _fit(tmp_path / "again", str(tmp_path / "stopped" / "last.ckpt"))
+@pytest.mark.parametrize("kind", ["image folder", "Parquet"])
+def test_a_run_stopped_by_a_signal_goes_on_where_it_was(kind: str, shards: Path, tmp_path: Path) -> None:
+    data = {"root": shards, "shuffle_window": 400} if kind == "Parquet" else {}
+    whole, _ = _fit(tmp_path / "whole", data=data)
+    begun, _ = _fit(tmp_path / "stopped", kill_after=7, num_workers=2, data=data)
+    rest, _ = _fit(tmp_path / "again", str(tmp_path / "stopped" / "last.ckpt"), data=data)
     assert len(begun) >= 7
     assert begun + rest == whole
 
