@@ -1,4 +1,4 @@
-"""The front door: ``gradsync fit | validate | test | predict | compare | convert | report``."""
+"""The front door: ``gradsync fit | validate | test | predict | compare | tune-batch-size | convert | report``."""
 
 if not __package__:  # started as a file (`python cli.py fit ...`): run the installed package instead
     import os
@@ -28,6 +28,7 @@ _COMMANDS = {
     "test": "evaluate on the test set",
     "predict": "predict with a trained model",
     "compare": "train under several strategies, one after another, and report what each costs",
+    "tune-batch-size": "find the batch size that trains most images per second in the memory there is",
     "convert": "write an image folder as Parquet shards, for fast and for remote storage",
     "report": "make tables, plots, text and a page from the result files of a folder, or compare two folders",
 }
@@ -45,6 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
         from .compare import main as compare
 
         _guarded(lambda: compare(rest))
+    elif command == "tune-batch-size":
+        from .tune_batch_size import main as tune
+
+        _guarded(lambda: tune(rest))
     elif command == "convert":
         from .convert import main as convert
 
@@ -62,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _overview() -> str:
-    lines = [f"  {name:9} {what}" for name, what in _COMMANDS.items()]
+    lines = [f"  {name:15} {what}" for name, what in _COMMANDS.items()]
     return "\n".join(
         ["usage: gradsync COMMAND [options]", "", *lines, "", "`gradsync COMMAND --help` lists a command's options."]
     )

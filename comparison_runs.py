@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, final
+from typing import IO, Any, final
 
 from rich.console import Console
 from rich.live import Live
@@ -93,7 +93,7 @@ class ComparisonRuns:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env=_environment(),
+                env=fit_environment(),
                 start_new_session=True,
             )
             assert process.stdout is not None
@@ -101,10 +101,10 @@ class ComparisonRuns:
                 last_lines = self._follow(number, run, process.stdout, log)
                 code = process.wait()
             finally:
-                _end_group(process)
+                end_group(process)
         if code == 0:
             return None
-        error = _error_in(last_lines) or f"exit code {code}"
+        error = error_in(last_lines) or f"exit code {code}"
         failure = {
             "strategy": run.method.strategy,
             "method": run.method.name,
@@ -138,14 +138,14 @@ class ComparisonRuns:
         self._console.print(line, markup=False, soft_wrap=True)
 
 
-def _environment() -> dict[str, str]:
+def fit_environment() -> dict[str, str]:
     """One thread per rank unless the user says otherwise: ranks share the cores."""
     environment = child_environment()
     environment.setdefault("OMP_NUM_THREADS", "1")
     return environment
 
 
-def _end_group(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[Any]) -> None:
     """No process outlives its run: ask the run's group to end, then make it."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -158,7 +158,7 @@ def _end_group(process: subprocess.Popen[str]) -> None:
             continue
 
 
-def _error_in(lines: list[str]) -> str | None:
+def error_in(lines: list[str]) -> str | None:
     """What a run says of its own failure; a first failure elsewhere counts more than its consequences."""
     said = [line.removeprefix("gradsync: ") for line in lines if line.startswith("gradsync: ")]
     direct = [line for line in said if line.startswith("error: ")]

@@ -10,8 +10,8 @@ processes and take turns.
 Rows: classic (torchvision's ImageFolder with PIL, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize),
 image_folder and parquet (gradsync's data module on the folder, and on what `gradsync convert` makes of it).
 
-With --memory each row reads 20,000 images once instead, and the memory of its process is watched: mib_at_quarter after
-5,000 of them, when the window of the parquet row is full, mib_at_end after all.
+With --memory each row reads 20,000 images (or as many as it says) once instead, and the memory of its process is
+watched: mib_at_quarter after a quarter of them, when the window of the parquet row is full, mib_at_end after all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def parse_arguments() -> argparse.Namespace:
     number = harness.positive_int
     parser.add_argument("--images", type=number, default=4096, help="different files (%(default)s)")
     parser.add_argument("--rounds", type=number, default=5, help="how often every row is measured (%(default)s)")
-    parser.add_argument("--memory", action="store_true", help=f"watch the memory over {MEMORY_IMAGES:,} images instead")
+    parser.add_argument(
+        "--memory", type=number, nargs="?", const=MEMORY_IMAGES, metavar="IMAGES", help="watch the memory instead"
+    )
     rows = harness.names_out_of(ROW_NAMES)
     parser.add_argument("--rows", type=rows, default=list(ROW_NAMES), help=f"some of {','.join(ROW_NAMES)} (all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
@@ -175,7 +177,7 @@ def main() -> int:
     environment = machine_environment()
     with tempfile.TemporaryDirectory(prefix="gradsync-loader-") as folder:
         root = Path(folder)
-        num_images = MEMORY_IMAGES if arguments.memory else arguments.images
+        num_images = arguments.memory or arguments.images
         print(f"Writing {arguments.images} files ...", flush=True)
         mean_bytes = write_photographs(root / "folder", arguments.images, num_images)
         if "parquet" in arguments.rows:

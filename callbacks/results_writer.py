@@ -231,11 +231,16 @@ class ResultsWriter(Callback):
             "epochs": self._epochs,
             "comm": None if mean is None else communication(mean),
             **({"bad_samples": self._unread_images} if self._unread_images else {}),
+            **_gpu_memory(),
             "environment": self._environment,
             "config": self.config,
             "all_losses": self._all_losses,
         }
         atomic_write_json(self.path, content)
+
+
+def _gpu_memory() -> dict[str, int]:
+    return {"peak_gpu_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {}
 
 
 def _now() -> str:

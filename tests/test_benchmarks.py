@@ -92,6 +92,18 @@ def test_step_measures_every_row(tmp_path: Path) -> None:
     assert all(name in equal for name in ROWS - ALONE - {"ddp"})
 
 
+@pytest.mark.parametrize("memory", [[], ["--memory", "160"]])
+def test_loader_measures_every_row(memory: list[str], tmp_path: Path) -> None:
+    sizes = ["--images", "160", "--rounds", "1", "--json", str(tmp_path / "loader.json")]
+    done = run_script("loader.py", *sizes, *memory)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "loader.json").read_text())["rows"]
+    assert list(rows) == ["classic", "image_folder", "parquet"]
+    speeds = {"images_per_s", "ratio_to_classic", "ratio_to_image_folder"}
+    wanted = {"mib_at_quarter", "mib_at_end", "mib_most_after", "growth"} if memory else speeds
+    assert all(metrics.keys() == wanted for metrics in rows.values())
+
+
 def test_monitor_measures_what_watching_takes(tmp_path: Path) -> None:
     arguments = [*TINY.split(), "--strategies", "ddp,parameter_server", "--json", str(tmp_path / "monitor.json")]
     done = run_script("monitor.py", *arguments)

@@ -30,13 +30,16 @@ from training import train
 
 import gradsync
 from gradsync.compare import _parser as compare_parser
+from gradsync.convert import _parser as convert_parser
 from gradsync.lightning_cli import GradsyncCLI
 from gradsync.strategy_flag import expand
+from gradsync.tune_batch_size import _parser as tune_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 CONFIGS = ROOT / "configs"
+OWN_PARSERS = {"compare": compare_parser, "convert": convert_parser, "tune-batch-size": tune_parser}
 LANGUAGES = {"bash", "python", "yaml", "diff", "text"}
 
 _FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -165,9 +168,9 @@ def test_flags_that_are_only_shown_parse(block: Block, tmp_path: Path, monkeypat
     _write_files(block.page, tmp_path)
     monkeypatch.chdir(tmp_path)
     for command, *arguments in _commands(block.text):
-        if command == "compare":
+        if command in OWN_PARSERS:
             at = arguments.index("--") if "--" in arguments else len(arguments)
-            compare_parser().parse_args(arguments[:at])
+            OWN_PARSERS[command]().parse_args(arguments[:at])
         else:
             assert _printed_config([command, *arguments], monkeypatch)["model"]
 
