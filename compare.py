@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=_positive, default=None, metavar="N", help="epochs of each run (default 3)")
     add("--batch-size", type=_positive, default=None, metavar="N", help="images per process and step (default 64)")
     add("--workers", type=_not_negative, default=None, metavar="N", help="loader processes per training process")
-    add("--data-dir", type=Path, default=None, metavar="DIR", help="ImageNet tree with train/ and val/ (default: demo)")
+    add("--data-dir", default=None, metavar="DIR", help="images or Parquet shards, a folder or URL (default: demo)")
     add(
         "--backend",
         choices=["nccl", "gloo"],
@@ -145,7 +145,7 @@ def _check(options: argparse.Namespace, extra: list[str], output: Path) -> Plan:
     if options.demo and options.data_dir is not None:
         raise UserError("--demo uses the bundled images: leave out --data-dir, or leave out --demo")
     if options.data_dir is not None:
-        check_root(str(options.data_dir))
+        check_root(options.data_dir)
     weights = options.weights
     if weights is not None and weights.endswith(".pth") and not Path(weights).is_file():
         raise UserError(f"--weights: there is no file {weights}")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import hashlib
+import json
 import multiprocessing
 import os
 import shlex
 import signal
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -71,8 +74,9 @@ def main(arguments: list[str]) -> None:
     num_shards = sum(len(conversion.shards) for conversion in conversions.values())
     if len(missing) < num_shards:
         console.print(f"{num_shards - len(missing)} of {num_shards} shards are there already")
-    _write_all(missing, options, console)
-    _summarize(conversions, options, console)
+    manifest = Manifest(options, {split: len(conversion.source) for split, conversion in conversions.items()})
+    _write_all(missing, options, manifest, console)
+    _summarize(conversions, options, manifest, console)
 
 
 def _prepare(target: Path) -> None:
@@ -91,7 +95,38 @@ def _conversion(options: argparse.Namespace, split: str, source: ImageFolderSour
     return Conversion(source, options.target, split, encoding, options.images_per_shard, seed)
 
 
-def _write_all(missing: list[tuple[Conversion, Shard]], options: argparse.Namespace, console: Console) -> None:
+@final
+class Manifest:
+    """``conversion.json``: what was converted, how, and each shard's checksum; rewritten for each shard."""
+
+    def __init__(self, options: argparse.Namespace, num_images: dict[str, int]) -> None:
+        self._path = options.target / MANIFEST
+        self._header = {
+            "source": str(options.source.absolute()),
+            "images": num_images,
+            "resize": options.resize,
+            "quality": options.quality if options.resize else None,
+        }
+        try:
+            self._sums: dict[str, str] = json.loads(self._path.read_text())["sha256"]
+        except (OSError, ValueError, KeyError):  # the first run, or one that was killed before its first shard
+            self._sums = {}
+
+    def add(self, name: str, sha256: str) -> None:
+        self._sums[name] = sha256
+        atomic_write_json(self._path, {**self._header, "sha256": dict(sorted(self._sums.items()))})
+
+    def complete(self, shards: list[Path]) -> None:
+        """Add those that a killed run wrote, but did not note."""
+        for path in shards:
+            if path.name not in self._sums:
+                with path.open("rb") as file:
+                    self.add(path.name, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _write_all(
+    missing: list[tuple[Conversion, Shard]], options: argparse.Namespace, manifest: Manifest, console: Console
+) -> None:
     """One process for each shard at a time, with a bar over the images."""
     if not missing:
         return
@@ -101,7 +136,7 @@ def _write_all(missing: list[tuple[Conversion, Shard]], options: argparse.Namesp
     pool = ProcessPoolExecutor(min(options.workers, len(missing)), context, _start_worker, (counter, os.getpid()))
     try:
         futures = [pool.submit(_write, conversion, shard) for conversion, shard in missing]
-        _follow(futures, counter, total, console)
+        _follow(futures, counter, total, manifest, console)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     _raise_first(futures, options.target)
@@ -120,29 +155,41 @@ def _start_worker(counter: Any, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _write(conversion: Conversion, shard: Shard) -> None:
+def _write(conversion: Conversion, shard: Shard) -> tuple[str, str]:
+    """Name and SHA-256."""
+
     def written(num_images: int) -> None:
         with _counter.get_lock():
             _counter.value += num_images
 
-    conversion.write(shard, written)
+    return shard.path.name, conversion.write(shard, written)
 
 
-def _follow(futures: list[Future[None]], counter: Any, total: int, console: Console) -> None:
+def _follow(
+    futures: list[Future[tuple[str, str]]], counter: Any, total: int, manifest: Manifest, console: Console
+) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images, left"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("converting", total=total)
         pending = set(futures)
         while pending and not any(future.done() and future.exception() for future in futures):
-            _, pending = wait(pending, _POLL_S)
+            done, pending = wait(pending, _POLL_S, FIRST_COMPLETED)
+            for future in done:
+                if future.exception() is None:
+                    manifest.add(*future.result())
             progress.update(task, completed=counter.value)
 
 
-def _raise_first(futures: list[Future[None]], target: Path) -> None:
+def _raise_first(futures: list[Future[tuple[str, str]]], target: Path) -> None:
     error = next((f.exception() for f in futures if f.done() and not f.cancelled() and f.exception()), None)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise UserError(
             f"no space left in {target}: free some, and run the same command again, which goes on"
+        ) from error
+    if isinstance(error, BrokenProcessPool):
+        raise UserError(
+            "a process of the conversion was killed, as the kernel does where memory is short: run the same command"
+            " again, which goes on, with fewer --workers"
         ) from error
     if isinstance(error, OSError):
         raise UserError(f"{error}. The same command goes on where it stopped") from error
@@ -150,23 +197,16 @@ def _raise_first(futures: list[Future[None]], target: Path) -> None:
         raise error
 
 
-def _summarize(conversions: dict[str, Conversion], options: argparse.Namespace, console: Console) -> None:
-    counts = {split: sum(len(s.rows) for s in conversion.shards) for split, conversion in conversions.items()}
+def _summarize(
+    conversions: dict[str, Conversion], options: argparse.Namespace, manifest: Manifest, console: Console
+) -> None:
     shards = [shard.path for conversion in conversions.values() for shard in conversion.shards]
+    manifest.complete(shards)
     size = sum(path.stat().st_size for path in shards)
-    atomic_write_json(
-        options.target / MANIFEST,
-        {
-            "source": str(options.source.absolute()),
-            "images": counts,
-            "resize": options.resize,
-            "quality": options.quality if options.resize else None,
-            "shards": {path.name: path.stat().st_size for path in shards},
-        },
-    )
+    train, val = (len(conversion.source) for conversion in conversions.values())
     console.print(
-        f"{counts['train']} train and {counts['val']} val images in {len(shards)} shards, {size / 2**30:.2f} GiB, "
-        f"all read back and compared: {options.target}\n"
+        f"{train} train and {val} val images in {len(shards)} shards, {size / 2**30:.2f} GiB, all read back and"
+        f" compared; checksums in {options.target / MANIFEST}\n"
         f"Train on them: gradsync fit --data.root {shlex.quote(str(options.target))}",
         soft_wrap=True,
         markup=False,

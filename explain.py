@@ -41,13 +41,19 @@ def _plain(error: BaseException | None) -> BaseException | None:
     return error
 
 
+def _own_words(error: BaseException) -> str:
+    """Its text, without the traceback that a loader process puts before it."""
+    kind = type(error)
+    return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].rstrip()
+
+
 def one_line(error: BaseException) -> str | None:
     """The error and its remedy in one line, None for one that needs its traceback.
 
     After a timeout it holds a roll call among the ranks, which takes two seconds.
     """
     if (plain := _plain(error)) is not None:
-        return str(plain)
+        return _own_words(plain)
     if is_out_of_memory(error):
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"out of memory: lower --data.batch_size, the batch of each process ({detail})"

@@ -47,9 +47,9 @@ class ImageNetDataModule(LightningDataModule):
     Loaders give bytes; ``on_after_batch_transfer`` makes the network's input of them, on the device.
 
     Args:
-        root: Image folder with ``train/<class>/*`` and ``val/<class>/*``; or, here or at ``s3://``, ``gs://``, ``hf://``,
-            Parquet shards ``train-*.parquet`` and ``validation-*.parquet``. Without it the bundled Fashion-MNIST subset
-            is unpacked into a cache folder (``GRADSYNC_CACHE``, else the XDG cache folder) and read from there.
+        root: Image folder with ``train/<class>/*`` and ``val/<class>/*``; or Parquet shards ``train-*.parquet`` and
+            ``validation-*.parquet`` in a folder or at ``s3://``, ``gs://``, ``hf://``. Without it the bundled
+            Fashion-MNIST subset is unpacked into a cache folder (``GRADSYNC_CACHE``, else the XDG cache folder).
         batch_size: Images per training process and step.
         num_workers: Loader processes per training process, for training and validation each. Without it as many as
             the processor has room for, at most 16, and none for the bundled images.

@@ -35,7 +35,7 @@ def open_data(root: str, shuffle_window: int, cache_dir: Path | None) -> OpenedD
         return _open_shards(storage, shards, shuffle_window)
     if not storage.is_local:
         raise UserError(f"--data.root {root}: no train-*.parquet there.\n{_expected(root)}")
-    return OpenedData(*open_folder(Path(root)), "image folder")
+    return OpenedData(*open_folder(_local(root)), "image folder")
 
 
 def check_root(root: str) -> None:
@@ -48,7 +48,11 @@ def check_root(root: str) -> None:
     if not any(find_shards(storage).values()):
         if not storage.is_local:
             raise UserError(f"--data.root {root}: no train-*.parquet there.\n{_expected(root)}")
-        _check_folder(Path(root))
+        _check_folder(_local(root))
+
+
+def _local(root: str) -> Path:
+    return Path(root.removeprefix("file://"))
 
 
 def _open_shards(storage: Storage, shards: dict[str, list[str]], shuffle_window: int) -> OpenedData:

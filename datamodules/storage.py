@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,11 @@ class Storage:
                     raise UserError(
                         f"--data.root {self.root}: {path} cannot be read, after {NUM_TRIES} tries: {_told(error)}"
                     ) from error
+                print(
+                    f"gradsync: {path}: {_told(error)}; trying again ({attempt} of {NUM_TRIES} tries)",
+                    file=sys.stderr,
+                    flush=True,
+                )
             time.sleep(pause)
             pause *= 2
         raise AssertionError

@@ -90,7 +90,8 @@ def _unread_images(comparison: Comparison) -> Iterator[str]:
     for result in comparison.results:
         if result.num_bad_samples > 0:
             count = plural(round(result.num_bad_samples), "image")
-            yield f"{result.filename}: {count} could not be read and were left out, first {result.first_bad_sample}."
+            first = result.first_bad_sample
+            yield f"{result.filename}: its run left out {count} that could not be read, first {first}."
 
 
 def _waiting_for_data(comparison: Comparison) -> Iterator[str]:

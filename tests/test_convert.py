@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
 import signal
@@ -97,6 +99,9 @@ def test_kill_in_the_middle_and_run_again(tree: Path, tmp_path: Path) -> None:
     ]
     assert names == [f"{name}/{number:04d}.jpg" for name in "abcd" for number in range(500)]
     assert not list(tmp_path.glob(".*"))
+    sums = json.loads((tmp_path / "conversion.json").read_text())["sha256"]
+    assert sums == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.glob("*.parquet")}
+    assert len(sums) == 41
 
 
 def test_workers_end_with_a_killed_parent(tree: Path, tmp_path: Path) -> None:
@@ -110,6 +115,18 @@ def test_workers_end_with_a_killed_parent(tree: Path, tmp_path: Path) -> None:
     while _lives(process.pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not _lives(process.pid)
+
+
+def test_a_killed_worker_ends_the_conversion_with_a_word(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradsync.convert._write", _kill_itself)
+    assert "was killed, as the kernel does where memory is short" in error_of(tree, tmp_path, "--workers", 2)
+    assert not list(tmp_path.iterdir())
+
+
+def _kill_itself(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _lives(group: int) -> bool:

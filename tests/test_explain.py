@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
+from gradsync.errors import UserError
 from gradsync.explain import one_line
 
 
@@ -20,3 +23,21 @@ def test_a_full_disk_is_told_with_the_flag_that_helps() -> None:
 
 def test_an_error_that_nobody_knows_keeps_its_traceback() -> None:
     assert one_line(ArithmeticError("boom")) is None
+
+
+def test_an_error_of_a_loader_process_has_no_traceback() -> None:
+    class Damaged(Dataset[int]):
+        def __getitem__(self, index: int) -> int:
+            raise UserError("cannot read the image x.jpg\nMend it")
+
+        def __len__(self) -> int:
+            return 1
+
+    with pytest.raises(UserError) as caught:
+        list(DataLoader(Damaged(), num_workers=1))
+    error = caught.value
+    del caught  # whose frames hold the loader, and that its process
+    error.__traceback__ = None
+    gc.collect()
+    assert "Traceback" in str(error)
+    assert one_line(error) == "cannot read the image x.jpg\nMend it"
