@@ -19,8 +19,9 @@ def atomic_write_bytes(path: Path | str, content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The same directory, because os.replace is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    # The same directory, because os.replace is atomic only within one file system. By the process's number
+    # checkpoints/replacing.py knows what a killed one left; threads of one process may write the same file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{os.getpid()}.part")
     try:
         _write_through(temporary, content)
         os.replace(temporary, path)

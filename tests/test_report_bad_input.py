@@ -37,7 +37,7 @@ def report(folder: Path) -> str:
     assert len(paths.plots) == 5
     assert paths.text.read_text().endswith("\n")
     assert paths.page.read_text().endswith("</html>\n")
-    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob("*.part"))
     return output.getvalue()
 
 
