@@ -18,7 +18,9 @@ from typing import Any
 
 from . import __version__
 from .errors import StoppedBySignal
-from .processes import FailureRecords, await_children, die_with_parent, is_child
+from .failures import FailureRecords
+from .processes import await_children, die_with_parent, is_started_by_rank_zero, is_supervised, starts_a_run
+from .supervisor import go_on_supervised
 
 _CHILD_PATIENCE_S = 10.0
 
@@ -60,6 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         _guarded(lambda: report(rest))
     elif command in _COMMANDS:
         die_with_parent()
+        if starts_a_run():
+            go_on_supervised()
         _guarded(lambda: _run_lightning(arguments), leave_hard=True)
     else:
         print(f"gradsync: unknown command {command!r}; there are {', '.join(_COMMANDS)}", file=sys.stderr)
@@ -80,6 +84,7 @@ def _guarded(run: Callable[[], Any], leave_hard: bool = False) -> None:
     the other processes would wait for this one.
     """
     records = FailureRecords()
+    records.introduce()
     code = 1
     try:
         run()
@@ -91,7 +96,8 @@ def _guarded(run: Callable[[], Any], leave_hard: bool = False) -> None:
             raise
         code = 130
     except StoppedBySignal as stop:
-        code = 0 if is_child() else 128 + stop.signum  # a launcher takes another code of a child for a failure
+        # Lightning's launcher takes another code of a child for a failure.
+        code = 0 if is_started_by_rank_zero() else 128 + stop.signum
         await_children(_CHILD_PATIENCE_S)
     except Exception as error:
         _tell(error, records)
@@ -108,7 +114,8 @@ def _tell(error: Exception, records: FailureRecords) -> None:
     from .explain import is_consequence, one_line
 
     if is_consequence(error) and (first := records.first(patience_s=2.0)) is not None:
-        print(f"gradsync: another process failed first ({first})", file=sys.stderr)
+        if not is_supervised():  # torchrun may write each process's lines to a file of its own
+            print(f"gradsync: another process failed first ({first})", file=sys.stderr)
         return
     text = one_line(error)
     if text is None:

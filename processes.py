@@ -1,9 +1,9 @@
-"""Small agreements between a process and those it starts: nobody outlives a run, the first error is the one shown."""
+"""Small agreements between a process and those it starts: nobody outlives a run, nor does what it writes aside."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -14,28 +14,57 @@ from pathlib import Path
 _DIE_WITH_PARENT = "GRADSYNC_DIE_WITH_PARENT"
 _DIES_WITH_PARENT = "GRADSYNC_DIES_WITH_PARENT"
 """The process that got the signal: variables are inherited, the signal is not."""
-_FAILURES = "GRADSYNC_FAILURES"
+SUPERVISED = "GRADSYNC_SUPERVISED"
+"""Number of the process that watches over the run, see ``supervisor.py``."""
+FAILURES = "GRADSYNC_FAILURES"
+"""Folder in which a run's processes note why they failed, see ``failures.py``."""
 _PR_SET_PDEATHSIG = 1
 _PREFIX = "gradsync-"
+_SHORT_FOLDER = "/tmp"
+
+
+def mark_children() -> None:
+    """Those that this process starts from now on end with it: they have to call :func:`die_with_parent`."""
+    os.environ[_DIE_WITH_PARENT] = str(os.getpid())
 
 
 def die_with_parent() -> None:
     """End this process when the one that started it ends, if that is one of ours; mark our own children likewise."""
-    if os.environ.get(_DIE_WITH_PARENT):
+    if parent := os.environ.get(_DIE_WITH_PARENT):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if str(os.getppid()) != parent:  # it has ended already
+            os._exit(1)
         os.environ[_DIES_WITH_PARENT] = str(os.getpid())
-    os.environ[_DIE_WITH_PARENT] = "1"
+    mark_children()
 
 
-def end_with_parent(on: bool) -> None:
-    """Switch the signal at the parent's death off and on again in a process that :func:`die_with_parent` gave it."""
-    if is_child():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if on else 0)
+def starts_a_run() -> bool:
+    """Whether a user started this process, and not a launcher (ours, torchrun) that has already begun the run."""
+    return not {"LOCAL_RANK", "TORCHELASTIC_RUN_ID", SUPERVISED} & os.environ.keys()
 
 
-def is_child() -> bool:
-    """Whether a process of ours started this one, and not a user or torchrun."""
-    return os.environ.get(_DIES_WITH_PARENT) == str(os.getpid())
+def is_supervised() -> bool:
+    return SUPERVISED in os.environ
+
+
+def is_started_by_rank_zero() -> bool:
+    """Whether another training or serving process started this one, and not a user, a supervisor or torchrun."""
+    is_child = os.environ.get(_DIES_WITH_PARENT) == str(os.getpid())
+    return is_child and os.environ.get(SUPERVISED) != str(os.getppid())
+
+
+def living_descendants() -> list[int]:
+    """Children of this process, theirs, and so on; those that have ended are left out."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state not in ("Z", "X"):
+                parents[int(stat.parent.name)] = int(parent)
+    found = {os.getpid()}
+    while new := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= new
+    return sorted(found - {os.getpid()})
 
 
 def await_children(patience_s: float) -> None:
@@ -52,9 +81,9 @@ def await_children(patience_s: float) -> None:
 
 def child_environment() -> dict[str, str]:
     """The environment for a run that must end with this process; nothing of a distributed run leaks into it."""
-    leaked = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", _FAILURES}
+    leaked = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", SUPERVISED, FAILURES}
     environment = {k: v for k, v in os.environ.items() if k not in leaked}
-    return {**environment, _DIE_WITH_PARENT: "1", "PYTHONUNBUFFERED": "1"}
+    return {**environment, _DIE_WITH_PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
 
 
 def make_private_folder(purpose: str, max_path: int | None = None) -> Path:
@@ -64,61 +93,21 @@ def make_private_folder(purpose: str, max_path: int | None = None) -> Path:
     """
     base = tempfile.gettempdir()
     if max_path is not None and len(base) > max_path:
-        base = "/tmp"
+        base = _SHORT_FOLDER
     remove_stale_folders(Path(base))
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-{purpose}-", dir=base))
 
 
-def remove_stale_folders(base: Path) -> None:
-    """Remove our private folders in ``base`` whose process has ended: one that is killed cannot tidy up."""
+def remove_stale_folders(base: Path | None = None) -> None:
+    """Remove our private folders in ``base`` whose process has ended: one that is killed cannot tidy up.
+
+    Without ``base``: wherever we make such folders.
+    """
+    if base is None:
+        for usual in {tempfile.gettempdir(), _SHORT_FOLDER}:
+            remove_stale_folders(Path(usual))
+        return
     for folder in base.glob(f"{_PREFIX}*"):
         pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if pid.isdigit() and not Path("/proc", pid).exists():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-class FailureRecords:
-    """A folder in which the processes of one host note why they end; made by the first, inherited by the others."""
-
-    def __init__(self) -> None:
-        self._owner = _FAILURES not in os.environ
-        if self._owner:
-            os.environ[_FAILURES] = str(make_private_folder("failures"))
-        self._folder = Path(os.environ[_FAILURES])
-
-    def note(self, text: str) -> None:
-        """Record this process's own error (not that of a peer)."""
-        record = {"time": time.time(), "rank": os.environ.get("LOCAL_RANK", "0"), "error": text}
-        part = self._folder / f"{os.getpid()}.part"
-        if self._folder.is_dir():
-            part.write_text(json.dumps(record))
-            part.rename(part.with_suffix(".json"))
-
-    def first(self, patience_s: float) -> str | None:
-        """``"process 1: its error"`` of whoever failed first, waiting up to ``patience_s`` seconds for one."""
-        deadline = time.monotonic() + patience_s
-        while True:
-            records = [json.loads(path.read_text()) for path in self._folder.glob("*.json")]
-            if records:
-                first = min(records, key=lambda record: record["time"])
-                return f"process {first['rank']}: {first['error']}"
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.05)
-
-    def close(self) -> None:
-        """Remove the folder, if this process made it."""
-        if self._owner:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            os.environ.pop(_FAILURES, None)
-
-
-def first_process_has_tidied_up() -> bool:
-    """Whether the process that made the folder of failures has removed it again, as one that is killed cannot."""
-    return _FAILURES in os.environ and not Path(os.environ[_FAILURES]).is_dir()
-
-
-def remove_failure_records() -> None:
-    """In place of the process that made the folder and was killed."""
-    if _FAILURES in os.environ:
-        shutil.rmtree(os.environ[_FAILURES], ignore_errors=True)

@@ -25,6 +25,7 @@ from ..comm.server.shards import Cut, spread
 from ..comm.stop import StopAgreement
 from ..comm.tracer import Tracer
 from ..errors import StoppedBySignal, UserError
+from ..processes import is_supervised
 from .last_words import last_words, take_over
 from .metric_sync import MetricSync
 from .rendezvous import roll_call
@@ -448,7 +449,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
             self._client.fail(f"{type(exception).__name__}: {exception}")
         if self._connection is not None and self._connection.peers is not None:
             self._connection.peers.abort()
-        if isinstance(self._launcher, ServerLauncher):
+        if isinstance(self._launcher, ServerLauncher) and not is_supervised():  # killed here, one would look failed
             self._launcher.end_children()
         self._close(1000)
 

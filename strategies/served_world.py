@@ -8,6 +8,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from typing_extensions import override
 
 from ..errors import UserError
+from ..failures import introduce
 from .collective import CollectiveStrategy
 
 
@@ -52,6 +53,7 @@ class ServedWorldStrategy(CollectiveStrategy, ABC):
                 f"{self.num_servers + 1} or more, got {self.num_processes}"
             )
         super().set_world_ranks()
+        introduce(f"server {self.process_rank}" if self.is_server else f"worker {self.global_rank}")
 
     def servers_to_tell_of(self) -> list[int]:
         """The first worker tells whose end nobody else would: server 0 names its children, torchrun only ranks."""

@@ -13,6 +13,7 @@ import zmq
 from ..comm.server.collective import CollectivePeers
 from ..comm.server.naive import NaivePeers
 from ..comm.server.peers import Peers
+from ..processes import is_supervised
 from .rendezvous import make_socket_folder, remove_socket_folder
 from .server_watch import ServerWatch
 
@@ -83,7 +84,9 @@ class ServerConnection:
     # -- servers that die ------------------------------------------------------------------------------------
 
     def watch(self, servers: Sequence[int], speaks_for: Sequence[int]) -> None:
-        """End with ``servers``, and tell of the end of ``speaks_for``: see :class:`.ServerWatch`."""
+        """See :class:`.ServerWatch`."""
+        if is_supervised():
+            return
         pids = {server: int(self._store.get(f"pid {server}")) for server in servers}
         self._watch = ServerWatch(pids, speaks_for, self._endpoints)
 

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import final
 
-from ..processes import end_with_parent, first_process_has_tidied_up, remove_failure_records
 from .rendezvous import remove_socket_folder
 
 _GRACE_MS = 2000
@@ -22,8 +21,8 @@ class ServerWatch:
     """Ends this process, at once and with code 1, when a server of its run has ended before :meth:`stop`.
 
     It sleeps in a thread of its own, since the main thread may be anywhere: in a forward pass, in a collective,
-    waiting for the store that died with server 0. Where it speaks it takes over from the signal at a parent's death
-    (see :func:`..processes.die_with_parent`), which would leave nobody to tell the user.
+    waiting for the store that died with server 0. Where a supervisor watches over the run (see ``supervisor.py``)
+    there is no need for it.
 
     Args:
         pids: Of the servers to watch, by number; all on this host.
@@ -36,8 +35,6 @@ class ServerWatch:
         self._endpoints = endpoints
         self._stop_reader, self._stop_writer = os.pipe()
         self._servers = {_open(pid): number for number, pid in pids.items()}
-        if speaks_for:
-            end_with_parent(False)
         self._thread = threading.Thread(target=self._run, name="server watch", daemon=True)
         self._thread.start()
 
@@ -47,8 +44,6 @@ class ServerWatch:
         self._thread.join()
         if 0 in self._speaks_for and 0 in _ended(self._servers):  # the main thread was quicker to notice
             _tell_of(0)
-        if self._speaks_for:
-            end_with_parent(True)
         for descriptor in (self._stop_reader, *self._servers):
             os.close(descriptor)
 
@@ -80,14 +75,9 @@ def _ended(servers: Mapping[int, int]) -> list[int]:
 
 
 def _tell_of(server: int) -> None:
-    """Say it, unless server 0 has; whoever else removed the records of failures would look like that server."""
-    if server == 0 and first_process_has_tidied_up():
-        return
     with contextlib.suppress(OSError):
         sys.stderr.write(f"gradsync: error: server {server} was killed: it ended without a word (out of memory?)\n")
         sys.stderr.flush()
-    if server == 0:
-        remove_failure_records()
 
 
 def _open(pid: int) -> int:

@@ -42,13 +42,15 @@ def _send(number: signal.Signals, target: str, leader: int, mark: str) -> None:
     if target == "group":
         os.killpg(leader, number)
         return
-    ranks = {leader: "0"}
+    processes = {"launcher": leader}
     for pid in _marked(mark):
         environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        for line in environment:
-            if line.startswith("LOCAL_RANK="):
-                ranks[pid] = line.partition("=")[2]
-    os.kill(next(pid for pid, rank in ranks.items() if rank == target), number)
+        rank = next((line.partition("=")[2] for line in environment if line.startswith("LOCAL_RANK=")), None)
+        if rank is not None:
+            processes[rank] = pid
+        elif Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == str(leader):
+            processes["0"] = pid  # forked by the supervisor, which does not know of ranks
+    os.kill(processes[target], number)
 
 
 def run_command(
@@ -62,7 +64,8 @@ def run_command(
     """Run to the end, stdout and stderr together; orphans are what still lives ``orphan_grace_s`` later.
 
     ``interrupt_at``: press Ctrl-C, as in a terminal, when this text appears. ``signal_at``: at a text, send a signal to
-    all (``"group"``) or to the process with this ``LOCAL_RANK``.
+    all (``"group"``), to the started process
+    (``"launcher"``) or to the one with this ``LOCAL_RANK``.
     """
     mark = uuid.uuid4().hex
     inherited = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}

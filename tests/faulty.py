@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class FaultyMlp(Mlp):
 
     Args:
         fault: ``raise``, ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``memory``, ``kill_server``, ``kill_in_exchange``
-            (SIGKILL after the step was announced to the parameter server, before its gradients are there) or ``none``.
+            (SIGKILL after the step was announced to the parameter server, before its gradients are there),
+            ``leave_process`` (start one that nobody ends) or ``none``.
         process: Rank among all processes, the parameter server's included.
         at_step: Training step, from 0.
         server: The one to kill, by SIGKILL, under ``kill_server``.
@@ -60,6 +62,10 @@ class FaultyMlp(Mlp):
             print(f"{KILLED_AT}{time.monotonic()}", flush=True)
             os.kill(_process_of(self.server), signal.SIGKILL)
             return
+        if self.fault == "leave_process":
+            subprocess.Popen(["sleep", "1000"], start_new_session=True)
+            return
+        print(f"{KILLED_AT}{time.monotonic()}", flush=True)
         os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
 
     @staticmethod

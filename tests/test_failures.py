@@ -16,30 +16,35 @@ from faulty import KILLED_AT
 RUNS = {"ddp": 2, "manual_allreduce": 2, "parameter_server": 3, "sharded_server": 2}
 
 
-@pytest.mark.parametrize("process", [0, 1])
-@pytest.mark.parametrize("strategy", RUNS)
+@pytest.mark.parametrize(
+    ("strategy", "process"),
+    [("ddp", 0), ("ddp", 1), ("manual_allreduce", 1), ("parameter_server", 2), ("sharded_server", 0)],
+)
 def test_an_exception_in_one_process_ends_all(strategy: str, process: int, tmp_path: Path) -> None:
-    if strategy == "parameter_server":
-        process += 1  # process 0 runs no training step
     ended = gradsync(*tiny_fit(strategy, RUNS[strategy], fault="raise", process=process), cwd=tmp_path)
     assert ended.code not in (0, None), ended.output
-    assert "ArithmeticError: boom in training" in ended.output
+    # Once: nobody repeats it, and nobody adds what it meant for him.
+    said = [line for line in ended.output.splitlines() if line.startswith("gradsync: ")]
+    assert said == ["gradsync: error: ArithmeticError: boom in training"]
+    assert ended.output.count("Traceback (most recent call last)") == 1, ended.output
     assert not ended.orphans
 
 
 @pytest.mark.parametrize(
     ("strategy", "process"),
     [
-        *(("ddp", 1), ("manual_allreduce", 0), ("manual_allreduce", 1), ("parameter_server", 2)),
-        *(("sharded_server", 0), ("sharded_server", 1)),
+        *(("ddp", 0), ("ddp", 1), ("manual_allreduce", 0), ("manual_allreduce", 1), ("sharded_server", 1)),
+        ("parameter_server", 2),
     ],
 )
-def test_a_killed_process_ends_all(strategy: str, process: int, tmp_path: Path) -> None:
-    ended = gradsync(*tiny_fit(strategy, RUNS[strategy], fault="kill", process=process), cwd=tmp_path)
-    assert ended.code not in (0, None), ended.output
+def test_a_killed_process_is_named_and_ends_all(strategy: str, process: int, tmp_path: Path) -> None:
+    ended = gradsync(*tiny_fit(strategy, RUNS[strategy], fault="kill", process=process, at_step=2), cwd=tmp_path)
+    assert _seconds_since_the_kill(ended) < _bound_s(3.0)
+    assert ended.code == (137 if process == 0 else 1), ended.output
+    name = f"process {process}" if strategy != "parameter_server" else "worker 1"
+    said = [line for line in ended.output.splitlines() if line.startswith("gradsync: ")]
+    assert said == [f"gradsync: error: {name} was killed by SIGKILL (the kernel does so where memory is short)"]
     assert not ended.orphans
-    if strategy == "parameter_server":
-        assert "worker 1 was killed by SIGKILL" in ended.output
 
 
 def test_out_of_memory_names_the_batch_size_flag(tmp_path: Path) -> None:
@@ -86,9 +91,9 @@ def _seconds_since_the_kill(ended: Ended) -> float:
     return time.monotonic() - float(at.partition(KILLED_AT)[2])
 
 
-def _bound_s() -> float:
-    """How long after a kill all may be out: 6 s, and three times as long on a busy machine."""
-    return 6.0 if os.getloadavg()[0] < 3 else 18.0
+def _bound_s(seconds: float = 6.0) -> float:
+    """How long after a kill all may be out: three times as long on a busy machine."""
+    return seconds if os.getloadavg()[0] < 3 else 3 * seconds
 
 
 @pytest.mark.parametrize("process", [1, 3])

@@ -35,8 +35,8 @@ def _stop(arguments: list[str], cwd: Path, number: signal.Signals, target: str) 
 @pytest.mark.parametrize(
     ("strategy", "target"),
     [
-        *(("ddp", "1"), ("manual_allreduce", "group"), ("manual_allreduce", "0"), ("sharded_server", "1")),
-        *(("parameter_server", "group"), ("parameter_server", "0"), ("parameter_server", "1")),
+        *(("ddp", "1"), ("ddp", "launcher"), ("manual_allreduce", "group"), ("manual_allreduce", "0")),
+        *(("sharded_server", "launcher"), ("parameter_server", "group"), ("parameter_server", "1")),
     ],
 )
 def test_sigterm_saves_and_ends_all(strategy: str, target: str, tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""What the processes of a run on one host leave for each other to read: who they are, and why one of them failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, final
+
+from .processes import FAILURES, make_private_folder
+
+
+@final
+class FailureRecords:
+    """A folder of small files, made by the first process of a run and inherited by those that it starts."""
+
+    def __init__(self) -> None:
+        self._owner = FAILURES not in os.environ
+        if self._owner:
+            os.environ[FAILURES] = str(make_private_folder("failures"))
+        self._folder = Path(os.environ[FAILURES])
+
+    def introduce(self, name: str | None = None, pid: int | None = None) -> None:
+        """Say what this process, or another, is called: ``process`` and its number on this host unless it is known."""
+        self._write(f"{pid or os.getpid()}.process", {"name": name or f"process {os.environ.get('LOCAL_RANK', '0')}"})
+
+    def processes(self) -> dict[int, str]:
+        """Names of those that have introduced themselves, by process number."""
+        return {int(path.stem): json.loads(path.read_text())["name"] for path in self._folder.glob("*.process")}
+
+    def note(self, error: str, pid: int | None = None) -> None:
+        """Record why this process fails (by itself, not through a peer), or another one that could not."""
+        pid = pid or os.getpid()
+        self._write(f"{pid}.json", {"time": time.time(), "pid": pid, "error": error})
+
+    def first(self, patience_s: float = 0.0) -> str | None:
+        """``"worker 1: its error"`` of whoever failed first, waiting up to ``patience_s`` seconds for one."""
+        deadline = time.monotonic() + patience_s
+        while not (records := [json.loads(path.read_text()) for path in self._folder.glob("*.json")]):
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.05)
+        first = min(records, key=lambda record: record["time"])
+        return f"{self.processes().get(first['pid'], 'a process')}: {first['error']}"
+
+    def has(self, pid: int) -> bool:
+        """Whether this process said why it failed."""
+        return (self._folder / f"{pid}.json").exists()
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        if not self._folder.is_dir():
+            return  # the run is over
+        part = self._folder / f"{name}.part"
+        part.write_text(json.dumps(content))
+        part.rename(self._folder / name)
+
+    def close(self) -> None:
+        """Remove the folder, if this process made it."""
+        if self._owner:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.environ.pop(FAILURES, None)
+
+
+def introduce(name: str) -> None:
+    """:meth:`FailureRecords.introduce`, in a run that keeps records."""
+    if FAILURES in os.environ:
+        FailureRecords().introduce(name)

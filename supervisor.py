@@ -1,0 +1,188 @@
+"""The process that a user starts: it neither trains nor serves, so it lives to tell how each of the others ended.
+
+The first process of the run is its child and starts the others. Whichever of them fails first is named, the rest get
+a moment to end by themselves, and then nothing of the run is left. It works below strategies, so under all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Final, final
+
+from .failures import FailureRecords
+from .processes import SUPERVISED, die_with_parent, living_descendants, mark_children, remove_stale_folders
+
+_PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_POLL_S = 0.1
+_GRACE_S = 1.5
+"""How long the others may take to end when one has failed: all must be out within 3 s."""
+_AFTERWARDS_S = 1.0
+"""How long what is left may take when the first process has ended."""
+_SENT_BY_KERNEL = 128
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def go_on_supervised() -> None:
+    """Return in a new process; the calling one ends with the run, with its exit code, and never returns."""
+    records = FailureRecords()
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans come to this process
+    mark_children()
+    os.environ[SUPERVISED] = str(os.getpid())
+    # Blocked, they wait until the loop takes them: no handler, no moment in which one is lost. What is ignored (nohup,
+    # a shell's background) stays so.
+    heard = {signal.SIGCHLD, *(number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN)}
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    first = os.fork()
+    if first == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        die_with_parent()
+        return
+    code = _Supervisor(first, records, heard).watch()
+    _end_descendants()
+    records.close()
+    remove_stale_folders()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@final
+class _Supervisor:
+    """Watches the run whose first process is ``first``."""
+
+    def __init__(self, first: int, records: FailureRecords, heard: set[signal.Signals]) -> None:
+        self._first = first
+        self._heard = heard
+        self._records = records
+        self._watched: dict[int, int] = {}
+        """Process numbers by descriptors that become readable when the process ends."""
+        self._poller = select.poll()
+        self._status: dict[int, int] = {}
+        """Of those that ended as children of this process."""
+        self._is_stopping = False
+        self._watch(first)
+
+    def watch(self) -> int:
+        """Block until the run is over; its exit code."""
+        while (failed := self._failed()) is None:
+            if self._first in self._status:
+                return self._code_of_first()
+            self._take_signal(_POLL_S)
+        self._tell(failed)
+        deadline = time.monotonic() + _GRACE_S
+        while self._first not in self._status and time.monotonic() < deadline:
+            self._take_signal(_POLL_S)
+        return self._code_of_first() or 1
+
+    def _code_of_first(self) -> int:
+        code = os.waitstatus_to_exitcode(self._status[self._first]) if self._first in self._status else 1
+        return code if code >= 0 else 128 - code
+
+    def _find(self) -> None:
+        """Watch those that are new: also before they have loaded enough to introduce themselves."""
+        watched = set(self._watched.values())
+        for pid in _children_of(self._first) - watched:
+            if (rank := _launched_as(pid)) is not None:
+                self._records.introduce(f"process {rank}", pid)
+        for pid in self._records.processes().keys() - watched:
+            self._watch(pid)
+
+    def _watch(self, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            self._watched[descriptor] = pid
+            self._poller.register(descriptor, select.POLLIN)
+
+    def _failed(self) -> int | None:
+        """Number of a process that has ended as it should not."""
+        self._find()
+        self._reap()
+        for descriptor, _ in self._poller.poll(0):
+            if self._ended_badly(self._watched[descriptor]):
+                return self._watched[descriptor]
+            self._poller.unregister(descriptor)
+        return None
+
+    def _ended_badly(self, pid: int) -> bool:
+        """A first process with an exit code of its own has said why, and is no failure of another's."""
+        status = self._status.get(pid, _status_of_zombie(pid))
+        if pid == self._first:
+            return status is not None and os.WIFSIGNALED(status) and not self._is_stopping
+        return bool(status) and not self._is_stopping
+
+    def _tell(self, pid: int) -> None:
+        if self._records.has(pid):  # it has said it itself
+            return
+        status = self._status.get(pid, _status_of_zombie(pid)) or 0
+        if os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            hint = " (the kernel does so where memory is short)" if number == signal.SIGKILL else ""
+            error = f"was killed by {signal.Signals(number).name}{hint}"
+        else:
+            error = f"ended with code {os.WEXITSTATUS(status)}"
+        self._records.note(error, pid)
+        name = self._records.processes().get(pid, "process 0")
+        print(f"gradsync: error: {name} {error}", file=sys.stderr, flush=True)
+
+    def _take_signal(self, patience_s: float) -> None:
+        """Wait for one that this process gets, and pass it on; a terminal has sent its own to all already."""
+        got = signal.sigtimedwait(self._heard, patience_s)
+        if got is not None and got.si_signo != signal.SIGCHLD:
+            self._is_stopping = True
+            if got.si_code != _SENT_BY_KERNEL:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._first, got.si_signo)
+        self._reap()
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                self._status[ended[0]] = ended[1]
+
+
+def _children_of(pid: int) -> set[int]:
+    """Those that its main thread has started."""
+    try:
+        return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except OSError:  # it has ended, or the kernel was built without
+        return set()
+
+
+def _launched_as(pid: int) -> str | None:
+    """Local rank of a process that Lightning's launcher started, None for another (a loader's worker)."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    ranks = [entry.partition(b"=")[2].decode() for entry in environment if entry.startswith(b"LOCAL_RANK=")]
+    return ranks[0] if ranks and ranks[0] != "0" else None  # what the first process itself starts has 0
+
+
+def _status_of_zombie(pid: int) -> int | None:
+    """Wait status of a process that has ended and whose parent has not asked yet; None if it has."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[-1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _end_descendants() -> None:
+    """Whatever the run has started and left behind."""
+    deadline = time.monotonic() + _AFTERWARDS_S
+    signum = signal.SIGTERM
+    while left := living_descendants():
+        if time.monotonic() > deadline:
+            signum = signal.SIGKILL
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        time.sleep(0.02)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
