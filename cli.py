@@ -118,11 +118,12 @@ def _tell(error: Exception, records: FailureRecords) -> None:
             print(f"gradsync: another process failed first ({first})", file=sys.stderr)
         return
     text = one_line(error)
+    said = text or f"{type(error).__name__}: {error}"
+    is_news = is_consequence(error) or records.note(said)
     if text is None:
         traceback.print_exception(error)
-    if not is_consequence(error):
-        records.note(text or f"{type(error).__name__}: {error}")
-    print(f"gradsync: error: {text or f'{type(error).__name__}: {error}'}", file=sys.stderr)
+    if is_news or text is None:
+        print(f"gradsync: error: {said}", file=sys.stderr)
 
 
 def _run_lightning(arguments: list[str]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -30,10 +32,20 @@ class FailureRecords:
         """Names of those that have introduced themselves, by process number."""
         return {int(path.stem): json.loads(path.read_text())["name"] for path in self._folder.glob("*.process")}
 
-    def note(self, error: str, pid: int | None = None) -> None:
-        """Record why this process fails (by itself, not through a peer), or another one that could not."""
+    def note(self, error: str, pid: int | None = None) -> bool:
+        """Record why this process fails (by itself, not through a peer), or another one that could not.
+
+        Returns whether it is news: ranks that find the same error together need not all say so.
+        """
         pid = pid or os.getpid()
         self._write(f"{pid}.json", {"time": time.time(), "pid": pid, "error": error})
+        try:
+            (self._folder / hashlib.sha256(error.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk, or the run is over
+            pass
+        return True
 
     def first(self, patience_s: float = 0.0) -> str | None:
         """``"worker 1: its error"`` of whoever failed first, waiting up to ``patience_s`` seconds for one."""
@@ -50,11 +62,10 @@ class FailureRecords:
         return (self._folder / f"{pid}.json").exists()
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        if not self._folder.is_dir():
-            return  # the run is over
         part = self._folder / f"{name}.part"
-        part.write_text(json.dumps(content))
-        part.rename(self._folder / name)
+        with contextlib.suppress(OSError):  # the run is over; or the disk is full, which is for others to say
+            part.write_text(json.dumps(content))
+            part.rename(self._folder / name)
 
     def close(self) -> None:
         """Remove the folder, if this process made it."""

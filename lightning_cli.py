@@ -20,6 +20,8 @@ from typing_extensions import override
 from .callbacks import (
     CommunicationMonitor,
     Dashboard,
+    EvenBatches,
+    NonfiniteGuard,
     ResultsWriter,
     RunSummary,
     StartBanner,
@@ -27,6 +29,7 @@ from .callbacks import (
     TraceWriter,
     default_progress_callbacks,
 )
+from .callbacks.nonfinite_guard import OnNonfinite
 from .callbacks.run_environment import strategy_flag
 from .checkpoints import BackgroundCheckpointIO, DurableCheckpointIO
 from .datamodules import ImageNetDataModule
@@ -88,6 +91,12 @@ class GradsyncCLI(LightningCLI):
             "--async_checkpoints", type=bool, default=False, help="train on while a checkpoint is written to the disk"
         )
         parser.add_argument(
+            "--on_nonfinite",
+            type=OnNonfinite,
+            default="stop",
+            help="what happens at a NaN or infinite gradient: stop the run, skip the step, or ignore it",
+        )
+        parser.add_argument(
             "--trace_steps",
             type=str | None,
             default=None,
@@ -128,7 +137,8 @@ class GradsyncCLI(LightningCLI):
             config["default_root_dir"] = str(run_dir)
         # Ours come last: what they report then includes what the user's own callbacks cost.
         own = [*self._observers(config), *self._writers(config, run_dir)]
-        config["callbacks"] = [*(config.get("callbacks") or []), *own]
+        guards = [EvenBatches()]  # before anything that communicates
+        config["callbacks"] = [*guards, *(config.get("callbacks") or []), *own]
         return super().instantiate_trainer(**kwargs)
 
     def _plugins(self, given: Any) -> list[Any]:
@@ -165,6 +175,7 @@ class GradsyncCLI(LightningCLI):
         self._dump_config()
         writer.config = self.config_dump
         callbacks: list[pl.Callback] = [writer, Dashboard(), StartBanner(), RunSummary(), StopOnSignal()]
+        callbacks.append(NonfiniteGuard(self._get(self.config, "on_nonfinite")))
         if steps := self._get(self.config, "trace_steps"):
             callbacks.append(TraceWriter(steps, run_dir))
         given = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])

@@ -3,10 +3,10 @@
     python benchmarks/monitor.py --ranks 2 --image-size 64 --batch-size 8
 
 Every strategy trains with all of them, to TensorBoard and to a result file, with every step recorded for a trace as
-well (_traced), and without any; rows take turns as in `step.py`. The time within hooks and timers is measured directly
-(observing_ms, share_pct of a step), which is exact to microseconds where the ratio of images/s drowns in noise; that
-ratio stands beside it. Ranks exchange three numbers where figures are logged, every 10 steps: waiting for the slower
-rank there is counted as observing.
+well (_traced), with the guards against faults alone (_guarded), and without any; rows take turns as in `step.py`. The
+time within hooks and timers is measured directly (observing_ms, share_pct of a step), which is exact to microseconds
+where the ratio of images/s drowns in noise; that ratio stands beside it. Ranks exchange three numbers where figures are
+logged, every 10 steps: waiting for the slower rank there is counted as observing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import harness
 from step import LiveRow, measure
 
 STRATEGY_NAMES = ("ddp", "manual_allreduce", "sharded_server", "parameter_server")
+
+HOWS = ("traced", "guarded", "unobserved")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +49,7 @@ def tabulate(rounds: harness.Rounds, strategies: list[str]) -> harness.Summary:
     for strategy in strategies:
         base = f"{strategy}_unobserved"
         values = rounds.summary((base,), "images_per_s")
-        for name in (strategy, f"{strategy}_traced"):
+        for name in (strategy, f"{strategy}_traced", f"{strategy}_guarded"):
             if name in values and base in values:
                 summary[name] = _row(values[name], values[name][f"ratio_to_{base}"])
     return summary
@@ -75,7 +77,7 @@ def main() -> int:
     live = {
         name: LiveRow(row, workload, arguments.ranks, arguments.timeout_s)
         for name, row in monitor_rows.rows().items()
-        if name.removesuffix("_unobserved").removesuffix("_traced") in arguments.strategies
+        if any(name in (s, *(f"{s}_{how}" for how in HOWS)) for s in arguments.strategies)
     }
     rounds, _ = measure(live, arguments.rounds)
     environment = {**machine_environment(), "load_average_before": load_before, "stolen_pct": stolen.pct()}

@@ -16,7 +16,9 @@ from gradsync.callbacks import (
     CommunicationMonitor,
     Dashboard,
     DDPTimeline,
+    EvenBatches,
     LineProgress,
+    NonfiniteGuard,
     ResultsWriter,
     RunSummary,
     StopOnSignal,
@@ -89,14 +91,10 @@ def _observed(process: Process, workload: Workload, clock: StepClock, *more: Cal
         ResultsWriter(folder),
         Dashboard(),
         RunSummary(),
-        StopOnSignal(),
         *more,
     ]
-    own = OwnTime()
-    for callback in callbacks:
-        own.watch_callback(callback)
+    own = _measure(callbacks, clock)
     own.watch_classes()
-    clock.also = lambda: {"observing_ms": own.spent_ms()}
     return {
         "callbacks": callbacks,
         "logger": TensorBoardLogger(folder, name=None, version="run"),
@@ -104,12 +102,28 @@ def _observed(process: Process, workload: Workload, clock: StepClock, *more: Cal
     }
 
 
+def _guarded(process: Process, workload: Workload, clock: StepClock) -> dict[str, Any]:
+    """What `gradsync fit` does against faults alone: signals, and every gradient looked at."""
+    callbacks = [EvenBatches(), StopOnSignal(), NonfiniteGuard("skip")]
+    _measure(callbacks, clock)
+    return {"callbacks": callbacks}
+
+
+def _measure(callbacks: list[Callback], clock: StepClock) -> OwnTime:
+    own = OwnTime()
+    for callback in callbacks:
+        own.watch_callback(callback)
+    clock.also = lambda: {"observing_ms": own.spent_ms()}
+    return own
+
+
 def rows() -> dict[str, LightningLoop]:
-    """Every strategy: observed, traced as well, and neither."""
+    """Every strategy: observed, traced as well, guarded, and nothing of it."""
     made = {}
     for name in STRATEGIES:
         made[name] = _with(name, _observed)
         made[f"{name}_traced"] = _with(name, _traced)
+        made[f"{name}_guarded"] = _with(name, _guarded)
         made[f"{name}_unobserved"] = _with(name, lambda process, workload, clock: {"callbacks": []})
     return made
 

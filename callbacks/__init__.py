@@ -3,7 +3,9 @@
 from .communication_monitor import CommunicationMonitor
 from .dashboard import Dashboard
 from .ddp_timeline import DDPTimeline
+from .even_batches import EvenBatches
 from .line_progress import LineProgress, default_progress_callbacks
+from .nonfinite_guard import NonfiniteGuard
 from .results_writer import ResultsWriter
 from .run_environment import machine_environment, run_environment
 from .run_summary import RunSummary
@@ -17,7 +19,9 @@ __all__ = [
     "CommunicationMonitor",
     "DDPTimeline",
     "Dashboard",
+    "EvenBatches",
     "LineProgress",
+    "NonfiniteGuard",
     "ResultsWriter",
     "RunSummary",
     "StartBanner",

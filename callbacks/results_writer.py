@@ -16,6 +16,7 @@ from typing_extensions import override
 from ..report.files import atomic_write_json
 from ..report.methods import method_of, result_filename
 from .communication_monitor import monitor_of
+from .nonfinite_guard import NonfiniteGuard
 from .rank_spread import rank_spread
 from .results_record import SCHEMA_VERSION, average_communication, communication, describe_run, figure, summarize
 from .run_environment import num_servers, run_environment, strategy_flag
@@ -65,6 +66,7 @@ class ResultsWriter(Callback):
         self._all_losses: list[float] = []
         self._run = RunningMean()
         self._unread_images: dict[str, Any] = {}
+        self._guard: NonfiniteGuard | None = None
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -93,6 +95,7 @@ class ResultsWriter(Callback):
         self._monitor = monitor
         if not self._epochs or len(self._epochs) != trainer.current_epoch:
             self._reset()
+        self._guard = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, NonfiniteGuard)), None)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -231,6 +234,7 @@ class ResultsWriter(Callback):
             "epochs": self._epochs,
             "comm": None if mean is None else communication(mean),
             **({"bad_samples": self._unread_images} if self._unread_images else {}),
+            **({"skipped_steps": self._guard.skipped} if self._guard and self._guard.on_nonfinite == "skip" else {}),
             **_gpu_memory(),
             "environment": self._environment,
             "config": self.config,

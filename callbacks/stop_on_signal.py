@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, final
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -20,6 +19,7 @@ from typing_extensions import override
 from ..comm.stop import StopAgreement
 from ..errors import StoppedBySignal
 from ..signals import SignalListener
+from .run_store import run_store
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _STEPS_AHEAD = 8
@@ -50,7 +50,7 @@ class StopOnSignal(Callback):
             return
         strategy = trainer.strategy
         trains = not getattr(strategy, "is_server", False)
-        self._agreement = StopAgreement(_store(strategy), trainer.global_rank if trains else None, _margin(strategy))
+        self._agreement = StopAgreement(run_store(strategy), trainer.global_rank if trains else None, _margin(strategy))
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
             self._listener = SignalListener(_SIGNALS, self._agreement.ask)
         self._steps = 0
@@ -92,12 +92,6 @@ class StopOnSignal(Callback):
         if self._listener is not None:
             self._listener.stop()
         self._listener = self._agreement = None
-
-
-def _store(strategy: Any) -> dist.Store:
-    if (store := getattr(strategy, "store", None)) is not None:
-        return store
-    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
 
 
 def _margin(strategy: Any) -> int | None:

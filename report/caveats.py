@@ -51,6 +51,7 @@ def warning_lines(comparison: Comparison) -> list[str]:
         _demo_data,
         _incomplete,
         _unread_images,
+        _skipped_steps,
         _waiting_for_data,
         noise_lines,
         _unequal_processes,
@@ -92,6 +93,13 @@ def _unread_images(comparison: Comparison) -> Iterator[str]:
             count = plural(round(result.num_bad_samples), "image")
             first = result.first_bad_sample
             yield f"{result.filename}: its run left out {count} that could not be read, first {first}."
+
+
+def _skipped_steps(comparison: Comparison) -> Iterator[str]:
+    for result in comparison.results:
+        if result.num_skipped_steps > 0:
+            count = plural(result.num_skipped_steps, "step")
+            yield f"{result.filename}: its run left out {count} because gradients were NaN or infinite."
 
 
 def _waiting_for_data(comparison: Comparison) -> Iterator[str]:

@@ -97,6 +97,8 @@ class Result:
     num_bad_samples: float = NAN
     """Images that could not be read and were left out. NaN: the file does not say."""
     first_bad_sample: str = ""
+    num_skipped_steps: int = 0
+    """Optimizer steps that were left out because gradients were not finite."""
 
     @property
     def server_processes(self) -> int:
@@ -196,6 +198,7 @@ def _result(
         config=fields.mapping("config"),
         num_bad_samples=fields.record("bad_samples").number("count", minimum=0),
         first_bad_sample=_first_name(fields.mapping("bad_samples").get("first")),
+        num_skipped_steps=len(fields.numbers("skipped_steps", "step")),
     )
 
 

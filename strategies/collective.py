@@ -50,6 +50,8 @@ class CollectiveStrategy(ParallelStrategy):
     is_distributed = True  # or Lightning injects no DistributedSampler and ignores sync_dist
     strategy_name: str
     communicates_in_optimizer_step = False
+    averages_gradients = False
+    """Whether every rank holds the same, averaged gradients when the optimizer steps."""
     in_lockstep = True
     """Whether all ranks take part in every step, so that a step may hold collectives."""
 

@@ -43,6 +43,7 @@ class ManualAllReduceStrategy(CollectiveStrategy):
     """
 
     strategy_name = "manual_allreduce"
+    averages_gradients = True
 
     def __init__(
         self,

@@ -110,7 +110,8 @@ def test_monitor_measures_what_watching_takes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "monitor.json").read_text())
     assert result["settings"]["failed"] == {}
-    assert list(result["rows"]) == ["ddp", "ddp_traced", "parameter_server", "parameter_server_traced"]
+    hows = ("", "_traced", "_guarded")
+    assert list(result["rows"]) == [f"{name}{how}" for name in ("ddp", "parameter_server") for how in hows]
     for metrics in result["rows"].values():
         assert metrics.keys() == {"images_per_s", "step_ms", "observing_ms", "share_pct", "ratio_to_unobserved"}
         assert 0 < metrics["share_pct"]["median"] < 100

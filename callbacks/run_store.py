@@ -1,0 +1,49 @@
+"""The store that all processes of a run share, whatever the strategy, and what ranks tell each other through it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+_READING = timedelta(seconds=5)
+_num_exchanges = itertools.count()
+"""All ranks take part in the same ones, so the counts agree."""
+
+
+def run_store(strategy: Any) -> dist.Store:
+    """That of our strategies, else of the default process group; one of its own in a run of a single process."""
+    if (store := getattr(strategy, "store", None)) is not None:
+        return store
+    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
+
+
+def exchange(trainer: pl.Trainer, text: str, patience: timedelta) -> dict[int, str]:
+    """What every training rank says, by rank; those that have not come when patience ends are left out.
+
+    Called on all ranks in the same order, blocks. No collective takes part, so it may be called where ranks are not
+    sure to be in step.
+    """
+    store = dist.PrefixStore(f"exchange/{next(_num_exchanges)}", run_store(trainer.strategy))
+    keys = {rank: str(rank) for rank in range(trainer.world_size)}
+    store.set(keys[trainer.global_rank], text)
+    try:
+        store.wait(list(keys.values()), patience)
+    except (dist.DistError, RuntimeError):
+        keys = {rank: key for rank, key in keys.items() if store.check([key])}
+    said = {rank: store.get(key).decode() for rank, key in keys.items()}
+    if trainer.global_rank > 0:
+        store.set(f"read by {trainer.global_rank}", "")
+    else:  # the store may end with this process: let the others read first
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            store.wait([f"read by {rank}" for rank in keys if rank > 0], _READING)
+    return said
+
+
+def in_lockstep(strategy: Any) -> bool:
+    """Whether all training ranks take part in every step."""
+    return getattr(strategy, "in_lockstep", True)
