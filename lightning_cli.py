@@ -35,6 +35,7 @@ from .checkpoints import BackgroundCheckpointIO, DurableCheckpointIO
 from .datamodules import ImageNetDataModule
 from .errors import UserError
 from .modules import ImageClassifier
+from .strategies.ddp_restart import form_group_after_restart
 from .strategy_flag import class_path
 from .trainer import Trainer
 
@@ -118,6 +119,11 @@ class GradsyncCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = self._make_trainer(**kwargs)
+        form_group_after_restart(trainer.strategy)
+        return trainer
+
+    def _make_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self._get(self.config_init, "trainer")
         config["devices"] = _devices(config["devices"])
         config["plugins"] = self._plugins(config.get("plugins"))

@@ -34,7 +34,8 @@ class FaultyMlp(Mlp):
     Args:
         fault: ``raise``, ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``memory``, ``kill_server``, ``kill_in_exchange``
             (SIGKILL after the step was announced to the parameter server, before its gradients are there),
-            ``leave_process`` (start one that nobody ends) or ``none``.
+            ``kill_once`` (SIGKILL at this step of the run, but not after torchrun's restart), ``leave_process`` (start
+            one that nobody ends) or ``none``.
         process: Rank among all processes, the parameter server's included.
         at_step: Training step, from 0.
         server: The one to kill, by SIGKILL, under ``kill_server``.
@@ -46,7 +47,9 @@ class FaultyMlp(Mlp):
         self.fault, self.process, self.at_step = fault, process, at_step
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        if self.fault != "none" and index == self.at_step and os.environ.get("LOCAL_RANK", "0") == str(self.process):
+        again = self.fault == "kill_once" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        reached = self.trainer.global_step == self.at_step if self.fault == "kill_once" else index == self.at_step
+        if self.fault != "none" and not again and reached and os.environ.get("LOCAL_RANK", "0") == str(self.process):
             self._fail()
         return super().training_step(batch, index)
 
@@ -66,7 +69,7 @@ class FaultyMlp(Mlp):
             subprocess.Popen(["sleep", "1000"], start_new_session=True)
             return
         print(f"{KILLED_AT}{time.monotonic()}", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP if self.fault == "stop" else signal.SIGKILL)
 
     @staticmethod
     def _kill(*_: Any) -> None:
