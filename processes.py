@@ -27,6 +27,13 @@ def die_with_parent() -> None:
     os.environ[_DIE_WITH_PARENT] = "1"
 
 
+def end_with(parent: int) -> None:
+    """In a forked process: end it when ``parent``, the process that forked it, ends; called first thing."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
 def end_with_parent(on: bool) -> None:
     """Switch the signal at the parent's death off and on again in a process that :func:`die_with_parent` gave it."""
     if is_child():
