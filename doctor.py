@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -126,31 +125,32 @@ def _writing(path: Path | None) -> Iterator[None]:
 
 
 def _checks(run: PlannedRun, gpus: Gpus, launched: Launched | None) -> Iterator[Check]:
-    """One after another, those of the ranks last: they take longest."""
-    trial = None
-    if launched:  # the other ranks are waiting
-        trial = join_launched(run, launched)
-    looks: list[tuple[str, Any]] = [
-        ("versions", check_versions),
-        ("cores", lambda: check_cores(run)),
-        ("load", check_load),
-        ("memory", lambda: check_memory(run)),
-        ("container", check_container),
-        ("kernel", check_kernel),
-        ("open files", lambda: check_descriptors(run)),
-        ("/dev/shm", lambda: check_shm(run)),
-        ("leftovers", check_leftovers),
-        ("loopback", check_loopback),
-        ("MASTER_PORT", lambda: check_meeting_place(launched)),
-        ("interfaces", lambda: check_interfaces(run)),
-        ("host name", lambda: check_host_name(run)),
-        ("output", lambda: check_output(run)),
-        ("data", lambda: check_data(run)),
-    ]
-    for name, look in looks:
+    """One after another, as they are looked at; the ranks last, which take longest."""
+    # Under a launcher they come first: the other ranks are waiting.
+    trial = join_launched(run, launched) if launched else None
+    for name, look in _looks(run, launched).items():
         yield or_warning(name, look)
-    gpu = gpu_checks(run, gpus)
-    yield from gpu
+    yield from gpu_checks(run, gpus)
     if run.accelerator == "cpu" or len(gpus) >= run.devices:
         where = "under the launcher" if launched else "here"
         yield from communication_checks(run, trial or start_here(run), where)
+
+
+def _looks(run: PlannedRun, launched: Launched | None) -> dict[str, Callable[[], Check]]:
+    return {
+        "versions": check_versions,
+        "cores": lambda: check_cores(run),
+        "load": check_load,
+        "memory": lambda: check_memory(run),
+        "container": check_container,
+        "kernel": check_kernel,
+        "open files": lambda: check_descriptors(run),
+        "/dev/shm": lambda: check_shm(run),
+        "leftovers": check_leftovers,
+        "loopback": check_loopback,
+        "MASTER_PORT": lambda: check_meeting_place(launched),
+        "interfaces": lambda: check_interfaces(run),
+        "host name": lambda: check_host_name(run),
+        "output": lambda: check_output(run),
+        "data": lambda: check_data(run),
+    }

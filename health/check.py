@@ -10,7 +10,7 @@ Mark = Literal["ok", "warn", "FAIL"]
 MIB, GIB = 2**20, 2**30
 
 RESNET50_BYTES = 25_557_032 * 4
-"""Of its parameters, and of its gradients, in float32: 98 MiB."""
+"""Of its parameters, and of its gradients, in float32: 97.5 MiB."""
 
 
 @final

@@ -22,6 +22,7 @@ from ..processes import end_with
 Message = dict[str, Any]
 Tell = Callable[[Message], None]
 Body = Callable[[Tell], None]
+_CTRL_C = {signal.SIGINT}
 
 
 @final
@@ -37,9 +38,14 @@ class Child:
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _run(body, writer, parent)
+        # Python loses a Ctrl-C in the functions that it calls at a fork, and the child must not see it at all.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _CTRL_C)
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                _run(body, writer, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _CTRL_C)
         os.close(writer)
         self.reader = reader
         self.signal: int | None = None
@@ -85,7 +91,8 @@ def _run(body: Body, writer: int, parent: int) -> NoReturn:
 
     try:
         end_with(parent)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _CTRL_C)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         nothing = os.open(os.devnull, os.O_RDWR)  # backends write lines of their own
         for number in (0, 1, 2):

@@ -52,7 +52,7 @@ def _all_reduce(outcome: Outcome) -> Check:
     gradients_ms = 1e3 * seconds * RESNET50_BYTES / LARGE_BYTES
     found = (
         f"{latency_ms:.3f} ms for 1 float, {mib_per_s:.0f} MiB/s for 64 MiB: "
-        f"ResNet50's {RESNET50_BYTES / MIB:.0f} MiB of gradients take {gradients_ms:.0f} ms"
+        f"ResNet50's gradients ({RESNET50_BYTES / MIB:.1f} MiB) in {gradients_ms:.0f} ms"
     )
     values = {"latency_ms": latency_ms, "mib_per_s": mib_per_s, "resnet50_gradients_ms": gradients_ms}
     if latency_ms > _SLOW_LATENCY_MS or mib_per_s < _SLOW_MIB_PER_S:
@@ -70,9 +70,10 @@ def _pairs(outcome: Outcome) -> list[Check]:
     speeds = {name: rate / MIB for name, (_, rate) in pairs.items()}
     slowest, fastest = (choose(speeds, key=speeds.__getitem__) for choose in (min, max))
     values = {name: {"latency_us": latencies[name], "mib_per_s": speeds[name]} for name in pairs}
-    found = f"{slowest}: {latencies[slowest]:.0f} us, {speeds[slowest]:.0f} MiB/s one way"
+    speed = f"{latencies[slowest]:.0f} us, {speeds[slowest]:.0f} MiB/s one way"
+    found = f"ranks {slowest}: {speed}"
     if len(pairs) > 1:
-        found = f"slowest of {len(pairs)} {found}; fastest {fastest}: {speeds[fastest]:.0f} MiB/s"
+        found = f"slowest of {len(pairs)}: ranks {slowest}, {speed}; fastest: {fastest}, {speeds[fastest]:.0f} MiB/s"
     if speeds[slowest] * _UNEVEN < speeds[fastest]:
         remedy = f"ranks {slowest} slow down all others: see topology, and what else runs on their cores (`top`)"
         return [Check("pairs", "warn", found, remedy, values)]
@@ -89,5 +90,5 @@ def _sharing(outcome: Outcome) -> list[Check]:
     if obstacle:
         remedy = "--trainer.strategy.algorithm native needs none; faster is one container for all ranks, with memory"
         return [Check("shared memory", "warn", obstacle, remedy, values)]
-    needed = f"{outcome.world_size} x {RESNET50_BYTES / MIB:.0f} MiB"
-    return [Check("shared memory", "ok", f"all ranks map it; room for ResNet50's {needed} of gradients", values=values)]
+    needed = f"{outcome.world_size} x {RESNET50_BYTES / MIB:.1f} MiB"
+    return [Check("shared memory", "ok", f"all ranks map it; room for {needed} of gradients", values=values)]

@@ -28,6 +28,7 @@ from gradsync.doctor_output import DOCTOR_SCHEMA
 from gradsync.health import Check, PlannedRun, ranks
 from gradsync.health.communication import communication_checks
 from gradsync.health.disks import check_data, check_output
+from gradsync.health.gpus import Gpus, find_gpus, gpu_checks
 from gradsync.health.machine import check_cores, check_kernel, check_memory, cpu_quota
 from gradsync.health.measurements import measure
 from gradsync.health.network import check_interfaces, check_meeting_place
@@ -123,7 +124,7 @@ def test_a_fault_ends_with_code_1_and_the_same_command_again(tmp_path: Path) -> 
 
 def test_a_port_that_is_taken_and_few_open_files(tmp_path: Path) -> None:
     script = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))\n"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n"
         "from gradsync.cli import main; main(sys.argv[1:])"
     )
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -134,7 +135,7 @@ def test_a_port_that_is_taken_and_few_open_files(tmp_path: Path) -> None:
     assert ended.code == 1, ended.output
     assert {name for name, mark in seen.items() if mark == "FAIL"} == {"MASTER_PORT", "open files"}
     assert f"port {port} on 127.0.0.1: Address already in use" in ended.output
-    assert "200 per process (hard limit 200)" in ended.output
+    assert "100 per process (hard limit 100)" in ended.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs, so asking for them is right")
@@ -274,6 +275,7 @@ def wait_until(condition: Any, seconds: float) -> None:
 
 
 def test_ctrl_c_ends_the_ranks_too(tmp_path: Path) -> None:
+    """Pressed at the moment at which they are started."""
     ended = run_command(COMMAND, tmp_path, interrupt_at="  GPUs  ")
     assert ended.code == 130, ended.output
     assert not ended.orphans
@@ -292,12 +294,69 @@ def test_torchruns_ranks_are_used(tmp_path: Path) -> None:
     assert list(checks["pairs"]["values"]) == ["0-1"]
 
 
+def test_one_of_torchruns_ranks_that_hangs_is_named(tmp_path: Path) -> None:
+    """Rank 0 knows of it by the store only."""
+    (tmp_path / "hanging.py").write_text(
+        "import time\n"
+        "from gradsync.health import ranks\n"
+        "measured = ranks.measure\n"
+        "def measure(place, connect, arrive):\n"
+        "    def arriving(step):\n"
+        "        if place.rank == 1 and step == 'all-reduces of 1 float':\n"
+        "            time.sleep(600)\n"
+        "        arrive(step)\n"
+        "    return measured(place, connect, arriving)\n"
+        "ranks.measure = measure\n"
+        "from gradsync.cli import main; main(['doctor', '--accelerator', 'cpu', '--timeout', '3'])"
+    )
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    ended = run_command([torchrun, "--nproc_per_node=2", "hanging.py"], tmp_path)
+    assert ended.code == 1, ended.output
+    assert "waiting for rank 1 at a barrier" in re.sub(r"\s+", " ", ended.output)
+    assert not ended.orphans
+
+
 def test_a_rank_that_the_launcher_did_not_start_is_named(tmp_path: Path) -> None:
     place = ["RANK=0", "WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
     ended = run_command(["env", *place, *COMMAND, "--timeout", "2"], tmp_path)
     assert ended.code == 1, ended.output
     assert "waiting for rank 1 at starting" in re.sub(r"\s+", " ", ended.output)
     assert not ended.orphans
+
+
+# -- GPUs ----------------------------------------------------------------------------------------------------
+
+
+def gpus_of(*free_gib: int, peers: bool = True) -> Gpus:
+    """As a machine with so many would have them. None of those that run this has."""
+    devices = [{"name": "GPU", "total_bytes": 80 * 2**30, "free_bytes": free * 2**30} for free in free_gib]
+    numbers = range(len(devices))
+    return Gpus(devices, [[peers or i == j for j in numbers] for i in numbers], "2.27.3", "570.1")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        (gpus_of(79, 79), {"GPUs": "ok", "topology": "ok", "NCCL": "ok"}),
+        (gpus_of(79, 79, peers=False), {"GPUs": "ok", "topology": "warn", "NCCL": "ok"}),
+        (gpus_of(79, 20), {"GPUs": "warn", "topology": "ok", "NCCL": "ok"}),
+        (gpus_of(79), {"GPUs": "FAIL", "NCCL": "ok"}),
+        (Gpus(), {"GPUs": "FAIL"}),
+        (Gpus(driver="570.1"), {"GPUs": "FAIL"}),
+    ],
+    ids=["fit", "apart", "in use", "too few", "none", "driver only"],
+)
+def test_what_is_said_of_gpus(gpus: Gpus, expected: dict[str, str], tmp_path: Path) -> None:
+    checks = gpu_checks(planned(tmp_path, accelerator="gpu"), gpus)
+    assert {check.name: check.mark for check in checks} == expected
+
+
+def test_a_driver_that_hangs_or_crashes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradsync.health.gpus._PATIENCE_S", 1.0)
+    monkeypatch.setattr("gradsync.health.gpus._ask", lambda tell: time.sleep(600))
+    assert find_gpus().problem == "the driver did not answer within 1 s"
+    monkeypatch.setattr("gradsync.health.gpus._ask", lambda tell: os.kill(os.getpid(), signal.SIGKILL))
+    assert find_gpus().problem == "it crashed PyTorch"
 
 
 # -- network -------------------------------------------------------------------------------------------------
@@ -454,20 +513,18 @@ def test_threads_and_ranks_against_cores(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_quota_of_cores(tmp_path: Path) -> None:
     """In a control group of its own, of either kind."""
     before = cpu_quota()
-    for root, limit in (
-        ("/sys/fs/cgroup", ("cpu.max", "50000 100000")),
-        ("/sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "50000")),
-    ):
-        group = Path(root, f"gradsync-test-{os.getpid()}")
-        try:
-            group.mkdir()
-            (group / limit[0]).write_text(limit[1])
-            break
-        except OSError:
-            if group.exists():
-                group.rmdir()
-    else:
-        pytest.skip("no control group can be made here")
+    is_new_kind = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    root, name, limit = ("", "cpu.max", "50000 100000") if is_new_kind else ("cpu", "cpu.cfs_quota_us", "50000")
+    group = Path("/sys/fs/cgroup", root, f"gradsync-test-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        (group / name).write_text(limit)
+    except OSError as error:
+        group.rmdir()
+        pytest.skip(f"no control group can have a limit here: {error}")
     script = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); from gradsync.health.machine import *\n"
     script += "print(cpu_quota(), num_cores(), check_container())"
     try:
