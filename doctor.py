@@ -13,7 +13,7 @@ from rich.console import Console
 from .doctor_output import Screen
 from .errors import UserError
 from .health import Check, PlannedRun
-from .health.check import or_warning
+from .health.check import or_failure, or_warning
 from .health.communication import communication_checks
 from .health.disks import check_data, check_output
 from .health.gpus import Gpus, find_gpus, gpu_checks
@@ -33,6 +33,7 @@ from .health.shared_memory import check_leftovers, check_shm
 from .health.versions import check_versions
 
 _MOST_RANKS_ON_CPU = 4
+_STORAGE = {"output", "data"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         help="where runs go: a file is written (default runs)",
     )
     add("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="gloo on the CPU, NCCL on GPUs")
-    add("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="how long ranks may hang (default 60)")
+    add(
+        "--timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long ranks, or a disk, may hang (default 60)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the checks there too")
     return parser
 
@@ -110,6 +117,11 @@ def main(arguments: list[str]) -> None:
 def _planned(options: argparse.Namespace, gpus: Gpus, launched: Launched | None) -> PlannedRun:
     on_gpu = options.accelerator == "gpu" or (options.accelerator == "auto" and len(gpus) > 0)
     default = (len(gpus) or 1) if on_gpu else min(_MOST_RANKS_ON_CPU, num_cores())
+    if launched and options.devices not in (None, launched.local_world_size):
+        raise UserError(
+            f"the launcher started {launched.local_world_size} processes here, but --devices says {options.devices}: "
+            "leave the flag out"
+        )
     devices = launched.local_world_size if launched else options.devices or default
     return PlannedRun(devices, "gpu" if on_gpu else "cpu", options.output, options.data_dir, options.timeout)
 
@@ -129,9 +141,9 @@ def _checks(run: PlannedRun, gpus: Gpus, launched: Launched | None) -> Iterator[
     # Under a launcher they come first: the other ranks are waiting.
     trial = join_launched(run, launched) if launched else None
     for name, look in _looks(run, launched).items():
-        yield or_warning(name, look)
+        yield or_failure(name, look, run.timeout_s) if name in _STORAGE else or_warning(name, look)
     yield from gpu_checks(run, gpus)
-    if run.accelerator == "cpu" or len(gpus) >= run.devices:
+    if launched or run.accelerator == "cpu" or len(gpus) >= run.devices:
         where = "under the launcher" if launched else "here"
         yield from communication_checks(run, trial or start_here(run), where)
 

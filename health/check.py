@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, final
+
+from .child import ask_in_child
 
 Mark = Literal["ok", "warn", "FAIL"]
 MIB, GIB = 2**20, 2**30
@@ -44,6 +46,15 @@ def or_warning(name: str, check: Callable[[], Check]) -> Check:
         return Check(
             name, "warn", found, "nothing, if your runs work: this machine is of a kind that is not known here"
         )
+
+
+def or_failure(name: str, check: Callable[[], Check], patience_s: float) -> Check:
+    """The outcome of a check that may hang, as storage does whose server has gone: a child process looks at it."""
+    answer = ask_in_child(lambda: asdict(or_warning(name, check)), patience_s)
+    if "error" in answer:
+        remedy = "see whether the storage answers (`ls`, `mount`); if it is only slow: --timeout SECONDS"
+        return Check(name, "FAIL", str(answer["error"]), remedy)
+    return Check(**answer)
 
 
 def gib(num_bytes: float) -> str:

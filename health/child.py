@@ -23,6 +23,7 @@ Message = dict[str, Any]
 Tell = Callable[[Message], None]
 Body = Callable[[Tell], None]
 _CTRL_C = {signal.SIGINT}
+_END_S = 3.0
 
 
 @final
@@ -69,17 +70,20 @@ class Child:
             return False
 
     def end(self) -> None:
-        """Kill it, if it is still there."""
+        """Kill it, if it is still there. One that waits for a dead disk or driver ends when that lets go of it."""
         if not self.has_ended:
             os.kill(self.pid, signal.SIGKILL)  # its number is not given away before it is reaped
-            self._reap()
+            deadline = time.monotonic() + _END_S
+            while not self.has_ended and time.monotonic() < deadline:
+                self._reap(os.WNOHANG)
+                time.sleep(0.002)
         if self.reader >= 0:
             os.close(self.reader)
             self.reader = -1
 
-    def _reap(self) -> None:
-        if not self.has_ended:
-            _, status = os.waitpid(self.pid, 0)
+    def _reap(self, options: int = 0) -> None:
+        pid, status = os.waitpid(self.pid, options)
+        if pid:
             self.has_ended = True
             self.signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
 
@@ -124,3 +128,17 @@ def listen(children: dict[int, Child], patience_s: float) -> Iterator[tuple[int,
                 for message in messages or []:
                     deadline = time.monotonic() + patience_s
                     yield ready.data, message
+
+
+def ask_in_child(question: Callable[[], Message], patience_s: float) -> Message:
+    """The answer; ``{"error": text}`` if there is none, because the question raised, crashed, or took too long."""
+    try:
+        child = Child(lambda tell: tell(question()))
+    except OSError as error:
+        return {"error": f"no process can be started: {error}"}
+    try:
+        for _, message in listen({0: child}, patience_s):
+            return {"error": "it was killed, or crashed"} if message is None else message
+        return {"error": f"no answer within {patience_s:g} s"}
+    finally:
+        child.end()

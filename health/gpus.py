@@ -11,7 +11,7 @@ import torch
 import torch.cuda.nccl
 
 from .check import GIB, Check, plural
-from .child import Child, Tell, listen
+from .child import Message, ask_in_child
 from .planned_run import PlannedRun
 
 _PATIENCE_S = 60.0
@@ -36,21 +36,12 @@ class Gpus:
 
 def find_gpus() -> Gpus:
     """Blocks for at most a minute."""
-    try:
-        child = Child(_ask)
-    except OSError as error:
-        return Gpus(driver=_driver(), problem=f"no process can be started to ask: {error}")
-    try:
-        for _, message in listen({0: child}, _PATIENCE_S):
-            if message is None or "error" in message:
-                return Gpus(driver=_driver(), problem=message["error"] if message else "it crashed PyTorch")
-            return Gpus(**message, driver=_driver())
-        return Gpus(driver=_driver(), problem=f"the driver did not answer within {_PATIENCE_S:g} s")
-    finally:
-        child.end()
+    answer = ask_in_child(_ask, _PATIENCE_S)
+    problem = answer.get("error")
+    return Gpus(driver=_driver(), problem=problem) if problem else Gpus(**answer, driver=_driver())
 
 
-def _ask(tell: Tell) -> None:
+def _ask() -> Message:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = []
     for index in range(count):
@@ -58,7 +49,7 @@ def _ask(tell: Tell) -> None:
         devices.append({"name": torch.cuda.get_device_name(index), "total_bytes": total, "free_bytes": free})
     peers = [[i == j or torch.cuda.can_device_access_peer(i, j) for j in range(count)] for i in range(count)]
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if count and torch.distributed.is_nccl_available() else None
-    tell({"devices": devices, "peers": peers, "nccl": nccl})
+    return {"devices": devices, "peers": peers, "nccl": nccl}
 
 
 def _driver() -> str | None:
@@ -78,15 +69,15 @@ def gpu_checks(run: PlannedRun, gpus: Gpus) -> list[Check]:
 
 def _none(run: PlannedRun, gpus: Gpus) -> Check:
     values = {"count": 0, "driver": gpus.driver, "problem": gpus.problem}
-    reason = f": {gpus.problem}" if gpus.problem else ""
+    mark = "FAIL" if run.accelerator == "gpu" else "warn"
+    if gpus.problem:
+        found = f"PyTorch could not look for them: {gpus.problem}"
+        return Check("GPUs", mark, found, "see whether `nvidia-smi` answers, and what it says", values)
     if gpus.driver:
         remedy = f"install a PyTorch for this driver, see https://pytorch.org; this one is {torch.__version__}"
-        mark = "FAIL" if run.accelerator == "gpu" else "warn"
-        return Check("GPUs", mark, f"driver {gpus.driver}, but PyTorch sees no GPU{reason}", remedy, values)
+        return Check("GPUs", mark, f"driver {gpus.driver}, but PyTorch sees no GPU", remedy, values)
     if run.accelerator == "gpu":
-        return Check(
-            "GPUs", "FAIL", f"PyTorch sees none{reason}", "--accelerator cpu, or start on a host with GPUs", values
-        )
+        return Check("GPUs", "FAIL", "PyTorch sees none", "--accelerator cpu, or start on a host with GPUs", values)
     return Check("GPUs", "ok", "none: ranks run on the CPU", values=values)
 
 

@@ -26,6 +26,7 @@ from jsonschema import Draft202012Validator
 
 from gradsync.doctor_output import DOCTOR_SCHEMA
 from gradsync.health import Check, PlannedRun, ranks
+from gradsync.health.check import or_failure
 from gradsync.health.communication import communication_checks
 from gradsync.health.disks import check_data, check_output
 from gradsync.health.gpus import Gpus, find_gpus, gpu_checks
@@ -76,6 +77,7 @@ def test_a_fit_machine_passes_and_every_check_appears(normal: tuple[Ended, dict[
     only_with_gpus = {"topology", "NCCL"}
     assert seen.keys() - only_with_gpus == set(NAMES) - only_with_gpus
     assert "FAIL" not in seen.values()
+    assert "could not be looked at" not in ended.output
     assert seen == {check["name"]: check["mark"] for check in document["checks"]}
     assert [path.name for path in folder.iterdir()] == ["health.json"], "it leaves nothing in the folder of runs"
 
@@ -343,8 +345,9 @@ def gpus_of(*free_gib: int, peers: bool = True) -> Gpus:
         (gpus_of(79), {"GPUs": "FAIL", "NCCL": "ok"}),
         (Gpus(), {"GPUs": "FAIL"}),
         (Gpus(driver="570.1"), {"GPUs": "FAIL"}),
+        (Gpus(problem="no answer"), {"GPUs": "FAIL"}),
     ],
-    ids=["fit", "apart", "in use", "too few", "none", "driver only"],
+    ids=["fit", "apart", "in use", "too few", "none", "driver only", "no answer"],
 )
 def test_what_is_said_of_gpus(gpus: Gpus, expected: dict[str, str], tmp_path: Path) -> None:
     checks = gpu_checks(planned(tmp_path, accelerator="gpu"), gpus)
@@ -353,10 +356,10 @@ def test_what_is_said_of_gpus(gpus: Gpus, expected: dict[str, str], tmp_path: Pa
 
 def test_a_driver_that_hangs_or_crashes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradsync.health.gpus._PATIENCE_S", 1.0)
-    monkeypatch.setattr("gradsync.health.gpus._ask", lambda tell: time.sleep(600))
-    assert find_gpus().problem == "the driver did not answer within 1 s"
-    monkeypatch.setattr("gradsync.health.gpus._ask", lambda tell: os.kill(os.getpid(), signal.SIGKILL))
-    assert find_gpus().problem == "it crashed PyTorch"
+    monkeypatch.setattr("gradsync.health.gpus._ask", lambda: time.sleep(600))
+    assert find_gpus().problem == "no answer within 1 s"
+    monkeypatch.setattr("gradsync.health.gpus._ask", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert find_gpus().problem == "it was killed, or crashed"
 
 
 # -- network -------------------------------------------------------------------------------------------------
@@ -483,6 +486,23 @@ def test_images(tmp_path: Path) -> None:
     assert check.values["undecodable"] == [str(broken)]
     assert "--data.bad_samples skip" in str(check.remedy)
     assert_fails(check_data(planned(tmp_path, data_dir=str(tmp_path / "no"))), "no such folder", "--data-dir DIR")
+
+
+def test_storage_that_hangs(tmp_path: Path) -> None:
+    """A pipe in place of an image: whoever opens it waits, as for a file server that has gone."""
+    tree = write_tree(tmp_path / "tree", 10, 2)
+    image = next((tree / "train").glob("*/*"))
+    image.unlink()
+    os.mkfifo(image)
+    check = or_failure("data", lambda: check_data(planned(tmp_path, data_dir=str(tree))), 2.0)
+    assert_fails(check, "no answer within 2 s", "--timeout SECONDS")
+
+
+def test_devices_against_those_of_the_launcher(tmp_path: Path) -> None:
+    place = ["RANK=0", "WORLD_SIZE=3", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
+    ended = run_command(["env", *place, *COMMAND], tmp_path)
+    assert ended.code == 1
+    assert "the launcher started 3 processes here, but --devices says 2: leave the flag out" in ended.output
 
 
 def test_too_little_memory(tmp_path: Path) -> None:
