@@ -227,6 +227,7 @@ def test_ranks_listen_on_loopback_only(tmp_path: Path, monkeypatch: pytest.Monke
 
     def measured(place: Any, connect: Any, arrive: Any) -> Any:
         result = measure(place, connect, arrive)
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo", "on some hosts the host's name leads to loopback anyhow"
         return {**result, "listens": listening()}
 
     monkeypatch.setattr(ranks, "measure", measured)
@@ -276,8 +277,23 @@ def wait_until(condition: Any, seconds: float) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("fork", [1, 4], ids=["asking for GPUs", "rank 0"])
+def test_ctrl_c_at_a_fork_is_not_lost(fork: int, tmp_path: Path) -> None:
+    """Python drops a KeyboardInterrupt that is raised in the functions it calls at a fork."""
+    script = (
+        "import itertools, os, signal\n"
+        "from gradsync.cli import main; forks = itertools.count(1)\n"
+        f"os.register_at_fork(before=lambda: next(forks) == {fork} and os.kill(os.getpid(), signal.SIGINT))\n"
+        "main(['doctor', '--accelerator', 'cpu', '--devices', '2'])"
+    )
+    ended = run_command([sys.executable, "-c", script], tmp_path)
+    assert ended.code == 130, ended.output
+    assert "ranks formed" not in ended.output
+    assert not ended.orphans
+    assert "Traceback" not in ended.output
+
+
 def test_ctrl_c_ends_the_ranks_too(tmp_path: Path) -> None:
-    """Pressed at the moment at which they are started."""
     ended = run_command(COMMAND, tmp_path, interrupt_at="  GPUs  ")
     assert ended.code == 130, ended.output
     assert not ended.orphans
