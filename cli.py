@@ -1,4 +1,4 @@
-"""The front door: ``gradsync fit | validate | test | predict | compare | tune-batch-size | convert | report``."""
+"""The front door: ``gradsync COMMAND``, one of ``_COMMANDS`` below."""
 
 if not __package__:  # started as a file (`python cli.py fit ...`): run the installed package instead
     import os
@@ -32,6 +32,7 @@ _COMMANDS = {
     "compare": "train under several strategies, one after another, and report what each costs",
     "tune-batch-size": "find the batch size that trains most images per second in the memory there is",
     "convert": "write an image folder as Parquet shards, for fast and for remote storage",
+    "doctor": "check this machine before a long run, and say what to change",
     "report": "make tables, plots, text and a page from the result files of a folder, or compare two folders",
 }
 
@@ -56,6 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
         from .convert import main as convert
 
         _guarded(lambda: convert(rest))
+    elif command == "doctor":
+        from .doctor import main as doctor
+
+        _guarded(lambda: doctor(rest))
     elif command == "report":
         from .report.command import main as report
 

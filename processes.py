@@ -28,12 +28,17 @@ def mark_children() -> None:
     os.environ[_DIE_WITH_PARENT] = str(os.getpid())
 
 
+def end_with(parent: int) -> None:
+    """End this process when ``parent``, which started it, ends, and at once if it has already; called first thing."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def die_with_parent() -> None:
     """End this process when the one that started it ends, if that is one of ours; mark our own children likewise."""
     if parent := os.environ.get(_DIE_WITH_PARENT):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if str(os.getppid()) != parent:  # it has ended already
-            os._exit(1)
+        end_with(int(parent))
         os.environ[_DIES_WITH_PARENT] = str(os.getpid())
     mark_children()
 

@@ -252,7 +252,12 @@ class ImageNetDataModule(LightningDataModule):
         if self.num_workers is not None:
             return self.num_workers
         # Reading the bundled images takes a few percent of the time of training on them.
-        return 0 if self.is_demo else min(_MOST_WORKERS, suggested_max_num_workers(_local_processes(self.trainer)))
+        return 0 if self.is_demo else default_num_workers(_local_processes(self.trainer))
+
+
+def default_num_workers(num_local_processes: int) -> int:
+    """Loader processes of each of so many training processes of this host."""
+    return min(_MOST_WORKERS, suggested_max_num_workers(num_local_processes))
 
 
 def _local_processes(trainer: Any) -> int:

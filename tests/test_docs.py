@@ -31,6 +31,7 @@ from training import train
 import gradsync
 from gradsync.compare import _parser as compare_parser
 from gradsync.convert import _parser as convert_parser
+from gradsync.doctor import _parser as doctor_parser
 from gradsync.lightning_cli import GradsyncCLI
 from gradsync.strategy_flag import expand
 from gradsync.tune_batch_size import _parser as tune_parser
@@ -39,7 +40,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 CONFIGS = ROOT / "configs"
-OWN_PARSERS = {"compare": compare_parser, "convert": convert_parser, "tune-batch-size": tune_parser}
+OWN_PARSERS = {
+    "compare": compare_parser,
+    "convert": convert_parser,
+    "doctor": doctor_parser,
+    "tune-batch-size": tune_parser,
+}
 LANGUAGES = {"bash", "python", "yaml", "diff", "text"}
 
 _FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

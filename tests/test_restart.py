@@ -21,9 +21,7 @@ TESTS = Path(__file__).parent
 @pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("manual_allreduce", 2), ("parameter_server", 3)])
 def test_torchrun_restarts_and_the_run_goes_on(strategy: str, processes: int, tmp_path: Path) -> None:
     """Lightning's DDP by itself hangs in the second attempt."""
-    launcher = (
-        f"-m torch.distributed.run --standalone --nproc_per_node={processes} --max-restarts=1".split()
-    )
+    launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes} --max-restarts=1".split()
     fit = tiny_fit(strategy, processes, fault="kill_once", process=processes - 1, at_step=13)
     for flag in ("--trainer.devices", "--trainer.max_epochs"):
         del fit[fit.index(flag) : fit.index(flag) + 2]

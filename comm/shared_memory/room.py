@@ -12,7 +12,7 @@ _MOUNT = Path("/sys/fs/cgroup")
 def available_bytes() -> int:
     """The least of what the machine has and what every control group above this process still allows; at least 0."""
     rooms = [_machine_room()]
-    for folder in _group_folders():
+    for folder in group_folders():
         room = _group_room(folder, "memory.max", "memory.current")
         room = _group_room(folder, "memory.limit_in_bytes", "memory.usage_in_bytes") if room is None else room
         rooms += [] if room is None else [room]
@@ -24,7 +24,7 @@ def _machine_room() -> int:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _group_folders() -> list[Path]:
+def group_folders(controller: str = "memory") -> list[Path]:
     """Those of this process and their ancestors, of control groups of both kinds."""
     try:
         lines = _OWN_GROUPS.read_text().splitlines()
@@ -33,7 +33,7 @@ def _group_folders() -> list[Path]:
     folders: list[Path] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
+        if not controllers or controller in controllers.split(","):
             root = _MOUNT / controllers
             own = root / path.lstrip("/")
             folders += [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
