@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import hashlib
 import json
@@ -25,6 +24,7 @@ from .datamodules.image_folder import ImageFolderSource
 from .datamodules.imagenet import DEFAULT_SHUFFLE_WINDOW
 from .datamodules.opening import open_folder
 from .errors import UserError
+from .processes import end_with
 from .report import atomic_write_json
 
 MANIFEST = "conversion.json"
@@ -149,9 +149,7 @@ def _start_worker(counter: Any, parent: int) -> None:
     """In a worker process: end with the one that started it, leave Ctrl-C to it."""
     global _counter
     _counter = counter
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
