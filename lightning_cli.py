@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -22,6 +24,7 @@ from .callbacks import (
     Dashboard,
     EvenBatches,
     NonfiniteGuard,
+    RandomState,
     ResultsWriter,
     RunSummary,
     StartBanner,
@@ -135,6 +138,7 @@ class GradsyncCLI(LightningCLI):
         if self._get(self.config, "ckpt_path") == "last" and self._get(self.config, "run_dir") is None:
             raise UserError("--ckpt_path last needs --run_dir DIR, the folder of the run that is to go on")
         run_dir = Path(self._get(self.config, "run_dir") or self._default_run_dir(config))
+        _check_writable(run_dir)
         if config.get("logger") in (None, True):
             config["logger"] = TensorBoardLogger(
                 run_dir.parent, name=None, version=run_dir.name, default_hp_metric=False
@@ -181,7 +185,7 @@ class GradsyncCLI(LightningCLI):
         self._dump_config()
         writer.config = self.config_dump
         callbacks: list[pl.Callback] = [writer, Dashboard(), StartBanner(), RunSummary(), StopOnSignal()]
-        callbacks.append(NonfiniteGuard(self._get(self.config, "on_nonfinite")))
+        callbacks += [NonfiniteGuard(self._get(self.config, "on_nonfinite")), RandomState()]
         if steps := self._get(self.config, "trace_steps"):
             callbacks.append(TraceWriter(steps, run_dir))
         given = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])
@@ -205,6 +209,20 @@ class GradsyncCLI(LightningCLI):
                 ) from None
             if code:
                 raise UserError(f"process {process.pid} of this run ended with code {code} after training")
+
+
+def _check_writable(folder: Path) -> None:
+    """Now, and not when the first checkpoint is due. Raises: UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return  # space may come before it is needed; a checkpoint that does not fit costs a warning
+        raise UserError(
+            f"the run's folder {folder} cannot be written ({error.strerror}): name another --run_dir"
+        ) from error
 
 
 def _newest_checkpoints(folder: Path) -> ModelCheckpoint:

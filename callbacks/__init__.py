@@ -6,6 +6,7 @@ from .ddp_timeline import DDPTimeline
 from .even_batches import EvenBatches
 from .line_progress import LineProgress, default_progress_callbacks
 from .nonfinite_guard import NonfiniteGuard
+from .random_state import RandomState
 from .results_writer import ResultsWriter
 from .run_environment import machine_environment, run_environment
 from .run_summary import RunSummary
@@ -22,6 +23,7 @@ __all__ = [
     "EvenBatches",
     "LineProgress",
     "NonfiniteGuard",
+    "RandomState",
     "ResultsWriter",
     "RunSummary",
     "StartBanner",

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gradsync.errors import UserError
 from gradsync.explain import one_line
+from gradsync.lightning_cli import _check_writable
 
 
 def test_a_full_disk_is_told_with_the_flag_that_helps() -> None:
@@ -41,3 +42,8 @@ def test_an_error_of_a_loader_process_has_no_traceback() -> None:
     gc.collect()
     assert "Traceback" in str(error)
     assert one_line(error) == "cannot read the image x.jpg\nMend it"
+
+
+def test_a_run_folder_that_cannot_be_written_is_found_before_anything_else() -> None:
+    with pytest.raises(UserError, match="--run_dir"):
+        _check_writable(Path("/proc/nowhere"))
