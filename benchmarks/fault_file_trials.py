@@ -1,0 +1,226 @@
+"""Trials of `faults.py` about files: checkpoints in a kill, on a full disk, damaged, resumed from; broken images."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import final
+
+import torch
+from fault_columns import Job
+from fault_findings import Bench, Findings, NotRun, Row
+
+_CHECKPOINTS = Path("run", "checkpoints")
+_BROKEN = (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError)
+_LARGE = 500_000
+"""Parameters, so that the middle of a checkpoint is weights and a save takes a while: 4 MB with the momentum."""
+
+
+def loads(path: Path) -> bool:
+    """Whether torch reads it."""
+    try:
+        torch.load(path, weights_only=True)
+    except _BROKEN:
+        return False
+    return True
+
+
+# -- a kill during a save ------------------------------------------------------------------------------------
+
+
+@final
+class KilledWhileSaving:
+    """R9: every run goes on from what the one killed before it has left, and saves without end."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, Path] = {}
+        self._random = random.Random(0)
+
+    def __call__(self, bench: Bench, case: str) -> Findings:
+        found, first = Findings(), bench.column.first_process
+        job = Job(num_epochs=None, steps_per_epoch=1, num_more=_LARGE, resume=True)
+        if bench.column.name not in self._folders:
+            self._folders[bench.column.name] = bench.new_folder()
+        folder = self._folders[bench.column.name]
+        (folder / f"steps.{first}").unlink(missing_ok=True)
+        before = self._leftovers(bench, folder)
+        with bench.run(job, folder, keeps_temporary=True) as run:
+            run.reach(lambda: len(run.steps(first)) > 3, "its first saves")
+            found.at_most("leftovers after the next start", len(before & self._leftovers(bench, folder)), 0)
+            time.sleep(self._random.uniform(0, 0.3))
+            run.kill()
+            self._look(found, folder / _CHECKPOINTS)
+        return found
+
+    @staticmethod
+    def _leftovers(bench: Bench, folder: Path) -> set[Path]:
+        """Files that are no checkpoint, nor its manifest; and whatever is among the temporary files."""
+        beside = {path for path in (folder / _CHECKPOINTS).glob("*") if path.suffix not in (".ckpt", ".sha256")}
+        return beside | set(bench.temporary(folder).glob("*"))
+
+    @staticmethod
+    def _look(found: Findings, checkpoints: Path) -> None:
+        files = sorted(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        broken = [path for path in files if not loads(path)]
+        found.should("newest checkpoint loads", bool(files) and files[-1] not in broken)
+        found.at_most("unreadable files under a checkpoint's name", len(broken), 0)
+        if broken:  # or the next run could not go on
+            shutil.rmtree(checkpoints)
+
+
+# -- disks ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _mounted(folder: Path, *options: str) -> Iterator[None]:
+    """A small disk. Raises: NotRun for whoever may not mount one."""
+    folder.mkdir(parents=True)
+    if os.geteuid() != 0:
+        raise NotRun("needs root, for a small disk of its own")
+    mount = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        raise NotRun("needs a machine where root may mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def disk(bench: Bench, case: str) -> Findings:
+    """R10: a disk with room for two of three checkpoints; one that can only be read."""
+    found, folder = Findings(), bench.new_folder()
+    full = case == "full"
+    job = Job(num_epochs=4, steps_per_epoch=5, num_more=60_000)  # 480 kB a checkpoint
+    with _mounted(folder / _CHECKPOINTS, "size=1200k" if full else "ro"), bench.run(job, folder) as run:
+        ending = run.end(limit_s=120)
+        found.ended(ending, fails=not full)
+        steps = len(run.steps(bench.column.first_process))
+        if full:
+            files = list((folder / _CHECKPOINTS).glob("*.ckpt"))
+            found.should("full: training goes on", steps == 20)
+            found.should("full: an earlier checkpoint loads", any(map(loads, files)))
+            found.should("full: no unreadable file under a checkpoint's name", all(map(loads, files)))
+        else:
+            found.should("read-only: found before the first step", steps == 0)
+        found.left_nothing(run)
+    return found
+
+
+# -- damage --------------------------------------------------------------------------------------------------
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def damaged(bench: Bench, case: str) -> Findings:
+    """R11."""
+    found, folder = Findings(), bench.new_folder()
+    job = Job(num_epochs=3, steps_per_epoch=5, num_more=_LARGE)
+    with bench.run(job, folder) as run:
+        if run.end(limit_s=120).code:
+            raise NotRun("the run whose checkpoint was to be damaged has failed")
+    {"flipped": _flip, "cut": _cut}[case](folder / _CHECKPOINTS / "last.ckpt")
+    steps = folder / f"steps.{bench.column.first_process}"
+    steps.unlink()
+    before = len(bench.log.read_text())
+    with bench.run(Job(num_epochs=4, steps_per_epoch=5, num_more=_LARGE, resume=True), folder) as run:
+        ending = run.end(limit_s=120)
+        output = run.output[before:]
+        found.ended(ending, fails=False)
+        refused = "last.ckpt" in output and ("damaged" in output or ending.code != 0)
+        trained = steps.exists() and bool(run.steps(bench.column.first_process))
+        found.should(f"{case}: refused by name", refused)
+        found.should(f"{case}: goes on from an earlier one", refused and trained)
+        found.left_nothing(run)
+    return found
+
+
+# -- images --------------------------------------------------------------------------------------------------
+
+
+def write_images(root: Path, num_train: int = 24) -> Path:
+    """An image folder of three classes, of random pixels."""
+    from PIL import Image
+
+    pixels = random.Random(0)
+    for split, count in (("train", num_train), ("val", 3)):
+        for name in ("a", "b", "c"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                small = Image.frombytes("RGB", (5, 4), pixels.randbytes(60))
+                small.resize((48, 40), Image.Resampling.BICUBIC).save(root / split / name / f"{number:03d}.jpg")
+    return root
+
+
+def broken_image(bench: Bench, case: str) -> Findings:
+    """R15: by default the run ends and says which file; or, if asked to, it goes on and counts."""
+    found, folder = Findings(), bench.new_folder()
+    skips = case == "skip"
+    if skips and not bench.column.is_ours:
+        raise NotRun("no such option")
+    path = write_images(folder / "images") / "train" / "b" / "005.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+    options = ("--data.bad_samples", "skip") if skips else ()
+    with bench.run(Job(images=folder / "images", workers=1, options=options), folder) as run:
+        found.ended(run.end(limit_s=120), fails=not skips)
+        if skips:
+            steps = [len(run.steps(bench.column.first_process + rank)) for rank in (0, 1)]
+            found.should("skip: goes on, ranks in step", steps[0] == steps[1] > 0)
+            found.should("skip: counts and names it", str(path) in run.output)
+        else:
+            found.should("names the file", "b/005.jpg" in run.output)
+        found.left_nothing(run)
+    return found
+
+
+# -- resuming ------------------------------------------------------------------------------------------------
+
+
+def resumed(bench: Bench, case: str) -> Findings:
+    """R17: 72 images, 2 ranks with batches of 8: 4 steps an epoch; from step 6 of 12, or all in one go."""
+    found, folder = Findings(), bench.new_folder()
+    job = Job(
+        images=write_images(folder / "images"), num_epochs=3, every_n_steps=6, dropout=0.2 if case == "dropout" else 0.0
+    )
+    with bench.run(job, folder) as run:
+        if run.end(limit_s=120).code:
+            raise NotRun("the run to be resumed has failed")
+    [path] = [path for path in folder.rglob("*.ckpt") if "step=6" in path.name]
+    again = folder / "again"
+    with bench.run(Job(**{**vars(job), "ckpt_path": path}), again) as run:
+        found.ended(run.end(limit_s=120), fails=False)
+        whole, rest = folder / "weights.pt", again / "weights.pt"
+        difference = _difference(whole, rest) if rest.exists() else float("inf")
+        found.should(f"{case}: equal to the bit", difference == 0)
+        if difference:
+            found.saw(f"{case}: largest difference", difference)
+        found.left_nothing(run)
+    return found
+
+
+def _difference(path: Path, other: Path) -> float:
+    first, second = (torch.load(p, weights_only=True) for p in (path, other))
+    return max(float((first[name] - second[name]).abs().max()) for name in first if first[name].numel())
+
+
+FILE_ROWS = {
+    "R9": Row("SIGKILL of all during a save, $TMPDIR on another disk", ("",), KilledWhileSaving()),
+    "R10": Row("disk full; read-only folder", ("full", "read-only"), disk),
+    "R11": Row("checkpoint with a flipped bit; cut short", ("flipped", "cut"), damaged),
+    "R15": Row("truncated JPEG", ("stop", "skip"), broken_image),
+    "R17": Row("resume in mid-epoch", ("images", "dropout"), resumed),
+}
