@@ -26,13 +26,18 @@ class NotRun(Exception):
 @final
 @dataclass
 class Findings:
-    """Facts, by a name that a reader understands, and which of them miss what should be."""
+    """Facts, by a name that a reader understands, and which of them miss what should be.
 
+    Args:
+        case: Stands before all names, where those of several cases share a cell.
+    """
+
+    case: str = ""
     facts: dict[str, Fact] = field(default_factory=dict)
     misses: list[str] = field(default_factory=list)
 
     def saw(self, name: str, value: Fact) -> None:
-        self.facts[name] = value
+        self.facts[f"{self.case}: {name}" if self.case else name] = value
 
     def should(self, name: str, value: bool) -> None:
         self.saw(name, value)
@@ -49,20 +54,23 @@ class Findings:
         self.at_most(f"{name}, s", seconds, bound_s * (_ALLOWED_WHEN_BUSY if os.getloadavg()[0] >= _BUSY_LOAD else 1))
 
     def ended(self, ending: Ending, bound_s: float | None = None, fails: bool | None = True) -> None:
-        """What every trial looks at. `fails`: the exit code must not be 0, must be 0, or (None) may be anything."""
+        """What every trial looks at.
+
+        Args:
+            bound_s: From the fault until all are out, where there is such a moment.
+            fails: The exit code must not be 0, must be 0, or (None) may be anything.
+        """
         if ending.hung:
             self.should("ended by itself", False)
-        elif bound_s is not None:
-            self.quickly("all out", ending.seconds, bound_s)
         else:
-            self.saw("all out, s", ending.seconds)
+            self.saw("exit code", str(ending.code))
+            if bound_s is not None:
+                self.quickly("all out", ending.seconds, bound_s)
+        if fails is not None and (ending.code != 0) != fails:
+            self.misses.append(f"exit code {ending.code}")
         self.at_most("orphans", ending.orphans, 0)
         if ending.orphans:
             self.saw("orphans lived, s", ending.orphans_s)
-        if fails is not None and not ending.hung:
-            self.saw("exit code", str(ending.code))
-            if (ending.code != 0) != fails:
-                self.misses.append(f"exit code {ending.code}")
 
     def left_nothing(self, run: Run) -> None:
         for name, number in run.leftovers().items():
@@ -164,4 +172,4 @@ def _count(values: list[Fact]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == int(value) else f"{value:.1f}" if value >= 0.1 else f"{value:.1e}"
+    return f"{value:.0f}" if value == int(value) else f"{value:.1f}" if value >= 0.1 else f"{value:.1g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import time
@@ -177,15 +178,21 @@ class Run:
     # -- what is left ----------------------------------------------------------------------------------------
 
     def leftovers(self) -> dict[str, int]:
-        """To be called when the run has ended: all should be 0."""
+        """To be called when the run has ended: all should be 0. The kernel gets a second to close what is closed."""
+        deadline = time.monotonic() + _GRACE_S
+        while any((left := self._left()).values()) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return left
+
+    def _left(self) -> dict[str, int]:
         files = [path for path in self._temporary.rglob("*") if not path.is_dir() or not any(path.iterdir())]
         names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
-        words = {str(pid) for pid in self._seen}
-        segments = [name for name in names if words & set(name.replace("-", "_").replace(".", "_").split("_"))]
+        pids = {str(pid) for pid in self._seen}
+        segments = [name for name in names if pids & set(re.split(r"[-_.]", name))]
         living = self.processes()
         return {
             "processes": len(living),
-            "listeners": len(_all_listening() & self._ports) if not living else len(_listening(living)),
+            "listeners": len((_listening(living) | self._ports) & _all_listening()),
             "shared-memory segments": len(segments),
             "temporary files": len(files),
         }
