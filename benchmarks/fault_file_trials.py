@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -142,10 +143,11 @@ def damaged(bench: Bench, case: str) -> Findings:
         ending = run.end(limit_s=120)
         output = run.output[before:]
         found.ended(ending, fails=False)
-        refused = "last.ckpt" in output and ("damaged" in output or ending.code != 0)
+        says = bool(re.search(r"last\.ckpt[^\n]*(damaged|corrupt|invalid|broken)", output))
+        found.should("refused", says or ending.code != 0)
+        found.should("by name", says)
         trained = steps.exists() and bool(run.steps(bench.column.first_process))
-        found.should("refused by name", refused)
-        found.should("goes on from an earlier one", refused and trained)
+        found.should("goes on from an earlier one", says and trained)
         found.left_nothing(run)
     return found
 

@@ -17,6 +17,7 @@ from fault_process import Ending, Run
 Fact = bool | int | float | str
 _BUSY_LOAD = 3.0
 _ALLOWED_WHEN_BUSY = 3
+_ONLY_IF_ANY = ("orphans",)
 
 
 class NotRun(Exception):
@@ -29,7 +30,7 @@ class Findings:
     """Facts, by a name that a reader understands, and which of them miss what should be.
 
     Args:
-        case: Stands before all names, where those of several cases share a cell.
+        case: Stands before its facts, where several cases share a cell.
     """
 
     case: str = ""
@@ -37,7 +38,7 @@ class Findings:
     misses: list[str] = field(default_factory=list)
 
     def saw(self, name: str, value: Fact) -> None:
-        self.facts[f"{self.case}: {name}" if self.case else name] = value
+        self.facts[name] = value
 
     def should(self, name: str, value: bool) -> None:
         self.saw(name, value)
@@ -148,9 +149,14 @@ class Row:
 
 
 def cell(trials: Sequence[Findings]) -> str:
-    """All of a row in one line: how often something was so, medians (and ranges) of figures."""
-    names = list(dict.fromkeys(name for found in trials for name in found.facts))
-    return "; ".join(_summary(name, [t.facts[name] for t in trials if name in t.facts]) for name in names)
+    """All of a row in one line: how often something was so, medians (and ranges) of figures; case by case."""
+    parts = []
+    for case in dict.fromkeys(found.case for found in trials):
+        facts = [found.facts for found in trials if found.case == case]
+        values = {name: [f[name] for f in facts if name in f] for name in dict.fromkeys(n for f in facts for n in f)}
+        texts = [_summary(name, found) for name, found in values.items() if name not in _ONLY_IF_ANY or any(found)]
+        parts.append((f"*{case}:* " if case else "") + "; ".join(texts))
+    return "; ".join(parts)
 
 
 def _summary(name: str, values: list[Fact]) -> str:

@@ -18,6 +18,7 @@ from fault_process import Step
 _ENDLESS = Job(num_epochs=None, steps_per_epoch=1000, pace_s=0.005)
 _STEP_TIMEOUT_S = 10.0
 _ON_NONFINITE = "--on_nonfinite"
+_OTHER_MODEL = "different models|another model|same model|sizes"
 _CODES = {"SIGTERM": 143, "SIGINT": 130}
 
 
@@ -123,11 +124,7 @@ def models_differ(bench: Bench, case: str) -> Findings:
     with bench.run(Job(fault="differs")) as run:
         found.ended(run.end(), bound_s=2)
         found.should("refused before the first step", not run.steps(bench.column.first_process))
-        says = [
-            line
-            for line in run.output.splitlines()
-            if re.search(r"different models|another model|same model|sizes", line)
-        ]
+        says = [line for line in run.output.splitlines() if re.search(_OTHER_MODEL, line)]
         speakers = len([line for line in says if re.search(r"[Ee]rror", line)])
         found.saw("ranks that say so", speakers)
         if speakers != 2:
