@@ -23,6 +23,7 @@ _POLL_S = 0.03
 _GRACE_S = 1.0
 """Who lives for this long after the process that the user started is an orphan."""
 _PR_SET_PDEATHSIG = 1
+_LOGS_OF_TORCHRUN = "torchelastic_"
 _LISTENS = "0A"
 _HERE = str(Path(__file__).resolve().parent)
 _LEAKED = ("LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
@@ -185,7 +186,7 @@ class Run:
         return left
 
     def _left(self) -> dict[str, int]:
-        files = [path for path in self._temporary.rglob("*") if not path.is_dir() or not any(path.iterdir())]
+        files = [path for path in self._temporary.glob("*") if not path.name.startswith(_LOGS_OF_TORCHRUN)]
         names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
         pids = {str(pid) for pid in self._seen}
         segments = [name for name in names if pids & set(re.split(r"[-_.]", name))]

@@ -137,7 +137,7 @@ def models_differ(bench: Bench, case: str) -> Findings:
 def uneven_batches(bench: Bench, case: str) -> Findings:
     """R14."""
     found, first = Findings(), bench.column.first_process
-    with bench.run(Job(num_epochs=2, steps_per_epoch=10, num_fewer=3)) as run:
+    with bench.run(Job(num_epochs=2, steps_per_epoch=10, num_fewer=3, timeout_s=_STEP_TIMEOUT_S)) as run:
         found.ended(run.end(limit_s=120), fails=None)
         steps = [run.steps(first + rank) for rank in (0, 1)]
         mixed = sum(mine.epoch != theirs.epoch for mine, theirs in zip(*steps, strict=False))
@@ -204,7 +204,7 @@ PROCESS_ROWS = {
     "R8": Row("SIGTERM or Ctrl-C to the command, the group or one rank", _TARGETS, signalled, takes_turns=True),
     "R12": Row("NaN in one rank's gradient", ("stop", "skip"), not_a_number),
     "R13": Row("models differ between ranks", ("",), models_differ),
-    "R14": Row("one rank has fewer batches", ("",), uneven_batches),
+    "R14": Row("one rank has fewer batches; a step may take 10 s", ("",), uneven_batches),
     "R16": Row("the port is taken", ("",), port_taken),
     "R18": Row("SIGKILL of a rank under `torchrun --max-restarts`", ("",), restarted),
 }
