@@ -13,6 +13,8 @@ from typing import final
 from typing_extensions import override
 
 _HERE = Path(__file__).resolve().parent
+CHECKPOINTS = Path("run", "checkpoints")
+"""Of a job, in the folder where it runs."""
 _WITHOUT_LIMIT = 1_000_000
 _SERVED = ("parameter_server",)
 
@@ -20,7 +22,7 @@ _SERVED = ("parameter_server",)
 @final
 @dataclass(frozen=True)
 class Job:
-    """A training of two ranks in the current folder, in which something goes wrong; checkpoints in run/checkpoints."""
+    """A training of two ranks in the current folder, in which something goes wrong."""
 
     fault: str = "none"
     rank: int = 1
@@ -166,7 +168,7 @@ def _saving(job: Job) -> list[str]:
         return []
     callback = "--trainer.callbacks"
     return [
-        *(f"{callback}+=lightning.pytorch.callbacks.ModelCheckpoint", f"{callback}.dirpath=run/checkpoints"),
+        *(f"{callback}+=lightning.pytorch.callbacks.ModelCheckpoint", f"{callback}.dirpath={CHECKPOINTS}"),
         *(f"{callback}.every_n_train_steps={job.every_n_steps}", f"{callback}.save_top_k=-1"),
     ]
 

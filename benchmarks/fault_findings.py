@@ -14,6 +14,8 @@ from typing import final
 from fault_columns import Column, Job
 from fault_process import Ending, Run
 
+STEP_TIMEOUT_S = 10.0
+"""Of trials in which a rank waits for one that does not come."""
 Fact = bool | int | float | str
 _BUSY_LOAD = 3.0
 _ALLOWED_WHEN_BUSY = 3

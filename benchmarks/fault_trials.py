@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 from fault_columns import Job
-from fault_findings import Bench, Findings, NotRun, Row
+from fault_findings import STEP_TIMEOUT_S, Bench, Findings, Row
 from fault_process import Step
 
 _ENDLESS = Job(num_epochs=None, steps_per_epoch=1000, pace_s=0.005)
-_STEP_TIMEOUT_S = 10.0
-_ON_NONFINITE = "--on_nonfinite"
 _OTHER_MODEL = "different models|another model|same model|sizes"
 _CODES = {"SIGTERM": 143, "SIGINT": 130}
 
@@ -42,9 +40,9 @@ def killed(bench: Bench, case: str) -> Findings:
 def stopped(bench: Bench, case: str) -> Findings:
     """R4: out at the limit of a step, and a little for finding out who it was."""
     found = Findings()
-    with bench.run(Job(fault="stop", timeout_s=_STEP_TIMEOUT_S)) as run:
+    with bench.run(Job(fault="stop", timeout_s=STEP_TIMEOUT_S)) as run:
         run.fault_at()
-        found.ended(run.end(), bound_s=_STEP_TIMEOUT_S + 5)
+        found.ended(run.end(), bound_s=STEP_TIMEOUT_S + 5)
         found.should("names the silent rank", names_rank(run.output, 1))
         found.left_nothing(run)
     return found
@@ -92,30 +90,7 @@ def _checkpoint(folder: Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=True) if path.is_file() else None
 
 
-# -- models and data -----------------------------------------------------------------------------------------
-
-
-def not_a_number(bench: Bench, case: str) -> Findings:
-    """R12."""
-    ours = bench.column.is_ours
-    found = Findings(case if ours else "")
-    if ours and not bench.column.knows(_ON_NONFINITE):
-        raise NotRun(f"this gradsync has no {_ON_NONFINITE}")
-    options = (_ON_NONFINITE, case) if ours else ()
-    with bench.run(Job(fault="nan", num_epochs=2, steps_per_epoch=10, options=options)) as run:
-        ending, folder = run.end(limit_s=120), bench.log.parent
-        found.ended(ending, fails=case == "stop" if ours else None)
-        found.saw("run goes on", ending.code == 0)
-        files = [folder / "weights.pt", *(folder / "run" / "checkpoints").glob("*.ckpt")]
-        found.should("weights and checkpoints finite", all(_finite(path) for path in files if path.is_file()))
-        found.left_nothing(run)
-    return found
-
-
-def _finite(path: Path) -> bool:
-    content = torch.load(path, weights_only=True)
-    tensors = content.get("state_dict", content)
-    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+# -- the start -----------------------------------------------------------------------------------------------
 
 
 def models_differ(bench: Bench, case: str) -> Findings:
@@ -130,24 +105,6 @@ def models_differ(bench: Bench, case: str) -> Findings:
         if speakers != 2:
             found.misses.append(f"{speakers} of 2 ranks say so")
         found.should("names the tensor", any("second.weight" in line for line in says))
-        found.left_nothing(run)
-    return found
-
-
-def uneven_batches(bench: Bench, case: str) -> Findings:
-    """R14."""
-    found, first = Findings(), bench.column.first_process
-    with bench.run(Job(num_epochs=2, steps_per_epoch=10, num_fewer=3, timeout_s=_STEP_TIMEOUT_S)) as run:
-        found.ended(run.end(limit_s=120), fails=None)
-        steps = [run.steps(first + rank) for rank in (0, 1)]
-        mixed = sum(mine.epoch != theirs.epoch for mine, theirs in zip(*steps, strict=False))
-        lost = sum(10 - len([s for s in steps[0] if s.epoch == epoch]) for epoch in (0, 1))
-        refused = not any(steps)
-        found.saw("refused at the start", refused)
-        found.at_most("steps that mix two epochs", mixed, 0)
-        found.saw("batches left out", 0 if refused else lost)
-        if not refused and lost:
-            found.misses.append(f"{lost} batches left out")
         found.left_nothing(run)
     return found
 
@@ -177,7 +134,15 @@ def port_taken(bench: Bench, case: str) -> Findings:
 def restarted(bench: Bench, case: str) -> Findings:
     """R18: torchrun starts both ranks again after one was killed."""
     found, first, per_epoch = Findings(), bench.column.first_process, 5
-    job = Job(fault="kill", at_step=13, num_epochs=4, steps_per_epoch=per_epoch, resume=True, under_torchrun=True)
+    job = Job(
+        fault="kill",
+        rank=int(case[-1]),
+        at_step=13,
+        num_epochs=4,
+        steps_per_epoch=per_epoch,
+        resume=True,
+        under_torchrun=True,
+    )
     with bench.run(job) as run:
         killed_at = run.fault_at()
         found.ended(run.end(limit_s=120), fails=False)
@@ -202,9 +167,7 @@ PROCESS_ROWS = {
     "R4": Row("SIGSTOP of a rank; a step may take 10 s", ("",), stopped),
     "R7": Row("exception in one rank", ("",), raised),
     "R8": Row("SIGTERM or Ctrl-C to the command, the group or one rank", _TARGETS, signalled, takes_turns=True),
-    "R12": Row("NaN in one rank's gradient", ("stop", "skip"), not_a_number),
     "R13": Row("models differ between ranks", ("",), models_differ),
-    "R14": Row("one rank has fewer batches; a step may take 10 s", ("",), uneven_batches),
     "R16": Row("the port is taken", ("",), port_taken),
-    "R18": Row("SIGKILL of a rank under `torchrun --max-restarts`", ("",), restarted),
+    "R18": Row("SIGKILL of a rank under `torchrun --max-restarts`", ("rank 1", "rank 0"), restarted, takes_turns=True),
 }

@@ -168,14 +168,15 @@ def main() -> int:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, _interrupt)  # so that no trial outlives this
     print("Loading torch ...", flush=True)
+    from fault_checkpoint_trials import CHECKPOINT_ROWS
     from fault_columns import Ours, PlainDdp
-    from fault_file_trials import FILE_ROWS
+    from fault_data_trials import DATA_ROWS
     from fault_findings import Bench
     from fault_trials import PROCESS_ROWS
 
     from gradsync.callbacks import machine_environment
 
-    rows = {name: (PROCESS_ROWS | FILE_ROWS)[name] for name in ROW_NAMES}
+    rows = {name: (PROCESS_ROWS | CHECKPOINT_ROWS | DATA_ROWS)[name] for name in ROW_NAMES}
     columns = {"ours": Ours(arguments.strategy), "ddp": PlainDdp()}
     environment = {**machine_environment(), "load_average_before": os.getloadavg()[0]}
     with folders() as (folder, temporary):

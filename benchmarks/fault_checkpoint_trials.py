@@ -1,8 +1,7 @@
-"""Trials of `faults.py` about files: checkpoints in a kill, on a full disk, damaged, resumed from; broken images."""
+"""Trials of `faults.py` about checkpoints: in a kill, on a full disk, damaged."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import random
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import final
 
 import torch
-from fault_columns import Job
+from fault_columns import CHECKPOINTS, Job
 from fault_findings import Bench, Findings, NotRun, Row
 
-_CHECKPOINTS = Path("run", "checkpoints")
 _BROKEN = (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError)
 _LARGE = 500_000
 """Parameters, so that the middle of a checkpoint is weights and a save takes a while: 4 MB with the momentum."""
@@ -58,13 +56,13 @@ class KilledWhileSaving:
             found.at_most("leftovers after the next start", len(before & self._leftovers(bench, folder)), 0)
             time.sleep(self._random.uniform(0, 0.3))
             run.kill()
-            self._look(found, folder / _CHECKPOINTS)
+            self._look(found, folder / CHECKPOINTS)
         return found
 
     @staticmethod
     def _leftovers(bench: Bench, folder: Path) -> set[Path]:
         """Files that are no checkpoint, nor its manifest; and whatever is among the temporary files."""
-        beside = {path for path in (folder / _CHECKPOINTS).glob("*") if path.suffix not in (".ckpt", ".sha256")}
+        beside = {path for path in (folder / CHECKPOINTS).glob("*") if path.suffix not in (".ckpt", ".sha256")}
         return beside | set(bench.temporary(folder).glob("*"))
 
     @staticmethod
@@ -100,12 +98,12 @@ def disk(bench: Bench, case: str) -> Findings:
     found, folder = Findings(case), bench.new_folder()
     full = case == "full"
     job = Job(num_epochs=4, steps_per_epoch=5, num_more=60_000)  # 480 kB a checkpoint
-    with _mounted(folder / _CHECKPOINTS, "size=1200k" if full else "ro"), bench.run(job, folder) as run:
+    with _mounted(folder / CHECKPOINTS, "size=1200k" if full else "ro"), bench.run(job, folder) as run:
         ending = run.end(limit_s=120)
         found.ended(ending, fails=not full)
         steps = len(run.steps(bench.column.first_process))
         if full:
-            files = list((folder / _CHECKPOINTS).glob("*.ckpt"))
+            files = list((folder / CHECKPOINTS).glob("*.ckpt"))
             found.should("training goes on", steps == 20)
             found.should("an earlier checkpoint loads", any(map(loads, files)))
             found.should("no unreadable file under a checkpoint's name", all(map(loads, files)))
@@ -135,7 +133,7 @@ def damaged(bench: Bench, case: str) -> Findings:
     with bench.run(job, folder) as run:
         if run.end(limit_s=120).code:
             raise NotRun("the run whose checkpoint was to be damaged has failed")
-    {"flipped": _flip, "cut": _cut}[case](folder / _CHECKPOINTS / "last.ckpt")
+    {"flipped": _flip, "cut": _cut}[case](folder / CHECKPOINTS / "last.ckpt")
     steps = folder / f"steps.{bench.column.first_process}"
     steps.unlink()
     before = len(bench.log.read_text())
@@ -152,84 +150,8 @@ def damaged(bench: Bench, case: str) -> Findings:
     return found
 
 
-# -- images --------------------------------------------------------------------------------------------------
-
-
-def write_images(root: Path, num_train: int = 16) -> Path:
-    """An image folder of three classes, of random pixels."""
-    from PIL import Image
-
-    pixels = random.Random(0)
-    for split, count in (("train", num_train), ("val", 3)):
-        for name in ("a", "b", "c"):
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                small = Image.frombytes("RGB", (5, 4), pixels.randbytes(60))
-                small.resize((48, 40), Image.Resampling.BICUBIC).save(root / split / name / f"{number:03d}.jpg")
-    return root
-
-
-def _counted(folder: Path) -> int:
-    """Images that could not be read, as the result file says."""
-    [result] = (folder / "run").glob("results_*.json")
-    return json.loads(result.read_text()).get("bad_samples", {}).get("count", 0)
-
-
-def broken_image(bench: Bench, case: str) -> Findings:
-    """R15: by default the run ends and says which file; or, if asked to, it goes on and counts."""
-    found, folder = Findings(case), bench.new_folder()
-    skips = case == "skip"
-    if skips and not bench.column.is_ours:
-        raise NotRun("no such option")
-    path = write_images(folder / "images") / "train" / "b" / "005.jpg"
-    path.write_bytes(path.read_bytes()[:400])
-    options = ("--data.bad_samples", "skip") if skips else ()
-    with bench.run(Job(images=folder / "images", workers=1, options=options), folder) as run:
-        found.ended(run.end(limit_s=120), fails=not skips)
-        if skips:
-            steps = [len(run.steps(bench.column.first_process + rank)) for rank in (0, 1)]
-            found.should("goes on, ranks in step", steps[0] == steps[1] > 0)
-            found.should("counts it", _counted(folder) == 1)
-        else:
-            found.should("names the file", "b/005.jpg" in run.output)
-        found.left_nothing(run)
-    return found
-
-
-# -- resuming ------------------------------------------------------------------------------------------------
-
-
-def resumed(bench: Bench, case: str) -> Findings:
-    """R17: 48 images, 2 ranks with batches of 8: 3 steps an epoch; from step 5 of 9, or all in one go."""
-    found, folder = Findings(case), bench.new_folder()
-    job = Job(
-        images=write_images(folder / "images"), num_epochs=3, every_n_steps=5, dropout=0.2 if case == "dropout" else 0.0
-    )
-    with bench.run(job, folder) as run:
-        if run.end(limit_s=120).code:
-            raise NotRun("the run to be resumed has failed")
-    [path] = [path for path in folder.rglob("*.ckpt") if "step=5" in path.name]
-    again = folder / "again"
-    with bench.run(Job(**{**vars(job), "ckpt_path": path}), again) as run:
-        found.ended(run.end(limit_s=120), fails=False)
-        whole, rest = folder / "weights.pt", again / "weights.pt"
-        difference = _difference(whole, rest) if rest.exists() else float("inf")
-        found.should("equal to the bit", difference == 0)
-        if difference:
-            found.saw("largest difference", difference)
-        found.left_nothing(run)
-    return found
-
-
-def _difference(path: Path, other: Path) -> float:
-    first, second = (torch.load(p, weights_only=True) for p in (path, other))
-    return max(float((first[name] - second[name]).abs().max()) for name in first if first[name].numel())
-
-
-FILE_ROWS = {
+CHECKPOINT_ROWS = {
     "R9": Row("SIGKILL of all during a save, $TMPDIR on another disk", ("",), KilledWhileSaving()),
     "R10": Row("disk full; read-only folder", ("full", "read-only"), disk),
     "R11": Row("checkpoint with a flipped bit; cut short", ("flipped", "cut"), damaged),
-    "R15": Row("truncated JPEG", ("stop", "skip"), broken_image),
-    "R17": Row("resume in mid-epoch", ("images", "dropout"), resumed),
 }
