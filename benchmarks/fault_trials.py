@@ -63,7 +63,11 @@ def raised(bench: Bench, case: str) -> Findings:
 
 # -- signals -------------------------------------------------------------------------------------------------
 
-_TARGETS = [f"{name} to {who}" for who in ("command", "group", "rank 1", "rank 0") for name in _CODES]
+_SIGNALS = [
+    *("SIGTERM to command", "SIGINT to group", "SIGTERM to rank 1", "SIGINT to command"),
+    *("SIGTERM to group", "SIGTERM to rank 0", "SIGINT to rank 1", "SIGINT to rank 0"),
+]
+"""In an order in which few trials show much."""
 
 
 def signalled(bench: Bench, case: str) -> Findings:
@@ -166,7 +170,7 @@ PROCESS_ROWS = {
     "R1": Row("SIGKILL of a rank", ("rank 1", "rank 0"), killed),
     "R4": Row("SIGSTOP of a rank; a step may take 10 s", ("",), stopped),
     "R7": Row("exception in one rank", ("",), raised),
-    "R8": Row("SIGTERM or Ctrl-C to the command, the group or one rank", _TARGETS, signalled, takes_turns=True),
+    "R8": Row("SIGTERM or Ctrl-C to the command, the group or one rank", _SIGNALS, signalled, takes_turns=True),
     "R13": Row("models differ between ranks", ("",), models_differ),
     "R16": Row("the port is taken", ("",), port_taken),
     "R18": Row("SIGKILL of a rank under `torchrun --max-restarts`", ("rank 1", "rank 0"), restarted, takes_turns=True),
