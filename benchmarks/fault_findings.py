@@ -169,6 +169,8 @@ def _summary(name: str, values: list[Fact]) -> str:
     numbers = [float(value) for value in values]
     title, _, unit = name.partition(", ")
     low, high = min(numbers), max(numbers)
+    if low != high and all(isinstance(value, int) for value in values):
+        return f"{title}: {low:.0f} to {high:.0f}"
     spread = f" ({_number(low)} to {_number(high)})" if _number(low) != _number(high) else ""
     return f"{title}: {_number(statistics.median(numbers))}{spread}{' ' + unit if unit else ''}"
 
