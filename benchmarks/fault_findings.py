@@ -19,7 +19,8 @@ STEP_TIMEOUT_S = 10.0
 Fact = bool | int | float | str
 _BUSY_LOAD = 3.0
 _ALLOWED_WHEN_BUSY = 3
-_ONLY_IF_ANY = ("orphans",)
+_AS_USUAL: dict[str, Fact] = {"orphans": 0, "ended by itself": True}
+"""Said only if it was otherwise in a trial."""
 
 
 class NotRun(Exception):
@@ -63,9 +64,8 @@ class Findings:
             bound_s: From the fault until all are out, where there is such a moment.
             fails: The exit code must not be 0, must be 0, or (None) may be anything.
         """
-        if ending.hung:
-            self.should("ended by itself", False)
-        else:
+        self.should("ended by itself", not ending.hung)
+        if not ending.hung:
             self.saw("exit code", str(ending.code))
             if bound_s is not None:
                 self.quickly("all out", ending.seconds, bound_s)
@@ -156,7 +156,8 @@ def cell(trials: Sequence[Findings]) -> str:
     for case in dict.fromkeys(found.case for found in trials):
         facts = [found.facts for found in trials if found.case == case]
         values = {name: [f[name] for f in facts if name in f] for name in dict.fromkeys(n for f in facts for n in f)}
-        texts = [_summary(name, found) for name, found in values.items() if name not in _ONLY_IF_ANY or any(found)]
+        unusual = {name: found for name, found in values.items() if {*found} != {_AS_USUAL.get(name)}}
+        texts = [_summary(name, found) for name, found in unusual.items()]
         parts.append((f"*{case}:* " if case else "") + "; ".join(texts))
     return "; ".join(parts)
 

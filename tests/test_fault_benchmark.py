@@ -77,6 +77,7 @@ def test_trials_become_a_cell(findings: Any) -> None:
         found.should("named", number > 0)
         found.saw("all out, s", 1.5 + number)
         found.at_most("orphans", 0, 0)
+        found.should("ended by itself", True)
     assert findings.cell(trials) == "named: 2 of 3; all out: 2.5 (1.5 to 3.5) s"
     trials[0].at_most("orphans", 2, 0)
     assert findings.cell(trials[:1]) == "named: no; all out: 1.5 s; orphans: 2"
