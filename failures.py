@@ -57,10 +57,6 @@ class FailureRecords:
         first = min(records, key=lambda record: record["time"])
         return f"{self.processes().get(first['pid'], 'a process')}: {first['error']}"
 
-    def has(self, pid: int) -> bool:
-        """Whether this process said why it failed."""
-        return (self._folder / f"{pid}.json").exists()
-
     def _write(self, name: str, content: dict[str, Any]) -> None:
         part = self._folder / f"{name}.part"
         with contextlib.suppress(OSError):  # the run is over; or the disk is full, which is for others to say

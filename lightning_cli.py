@@ -34,7 +34,7 @@ from .callbacks import (
 )
 from .callbacks.nonfinite_guard import OnNonfinite
 from .callbacks.run_environment import strategy_flag
-from .checkpoints import BackgroundCheckpointIO, DurableCheckpointIO
+from .checkpoints import BackgroundCheckpointIO, DurableCheckpointIO, is_local
 from .datamodules import ImageNetDataModule
 from .errors import UserError
 from .modules import ImageClassifier
@@ -123,6 +123,9 @@ class GradsyncCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self._make_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath and is_local(callback.dirpath):
+                _check_writable(Path(callback.dirpath))
         form_group_after_restart(trainer.strategy)
         return trainer
 
@@ -138,7 +141,6 @@ class GradsyncCLI(LightningCLI):
         if self._get(self.config, "ckpt_path") == "last" and self._get(self.config, "run_dir") is None:
             raise UserError("--ckpt_path last needs --run_dir DIR, the folder of the run that is to go on")
         run_dir = Path(self._get(self.config, "run_dir") or self._default_run_dir(config))
-        _check_writable(run_dir)
         if config.get("logger") in (None, True):
             config["logger"] = TensorBoardLogger(
                 run_dir.parent, name=None, version=run_dir.name, default_hp_metric=False

@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -104,7 +105,7 @@ def make_private_folder(purpose: str, max_path: int | None = None) -> Path:
 
 
 def remove_stale_folders(base: Path | None = None) -> None:
-    """Remove our private folders in ``base`` whose process has ended: one that is killed cannot tidy up.
+    """Remove folders in ``base`` whose process has ended, ours and multiprocessing's: a killed one cannot tidy up.
 
     Without ``base``: wherever we make such folders.
     """
@@ -116,3 +117,19 @@ def remove_stale_folders(base: Path | None = None) -> None:
         pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if pid.isdigit() and not Path("/proc", pid).exists():
             shutil.rmtree(folder, ignore_errors=True)
+    for folder in base.glob("pymp-*"):  # Python's own: a loader's worker that is killed leaves it
+        with contextlib.suppress(OSError):
+            if (sockets := list(folder.iterdir())) and not any(map(_is_answered, sockets)):
+                shutil.rmtree(folder)
+
+
+def _is_answered(path: Path) -> bool:
+    """Whether a process listens on this Unix socket; true for what cannot be told."""
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True
+    return True

@@ -117,7 +117,7 @@ class _Supervisor:
         return bool(status) and not self._is_stopping
 
     def _tell(self, pid: int) -> None:
-        if self._records.has(pid):  # it has said it itself
+        if self._records.first() is not None:  # whoever failed by itself has said so, and this may be its doing
             return
         status = self._status.get(pid, _status_of_zombie(pid)) or 0
         if os.WIFSIGNALED(status):

@@ -54,7 +54,7 @@ class DurableCheckpointIO(CheckpointIO):
         Raises:
             OSError: it cannot be written, for another reason than a full disk.
         """
-        if not _is_local(path):
+        if not is_local(path):
             self._remote.save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
@@ -86,7 +86,7 @@ class DurableCheckpointIO(CheckpointIO):
             UserError: the file is damaged (and no other in its folder is good, if that would do).
             FileNotFoundError: there is none.
         """
-        if _is_local(path):
+        if is_local(path):
             path = self.good(Path(path))
         return self._remote.load_checkpoint(path, map_location, weights_only)
 
@@ -105,7 +105,7 @@ class DurableCheckpointIO(CheckpointIO):
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
         """Later, if what was to replace it could not be saved."""
-        if not _is_local(path):
+        if not is_local(path):
             self._remote.remove_checkpoint(path)
         elif self._last_save_failed:
             self._not_removed.append(Path(path))
@@ -113,7 +113,8 @@ class DurableCheckpointIO(CheckpointIO):
             _remove(Path(path))
 
 
-def _is_local(path: str | Path) -> bool:
+def is_local(path: str | Path) -> bool:
+    """Whether it is no address of a storage (``s3://``)."""
     return "file" in (protocol if isinstance(protocol := get_filesystem(path).protocol, tuple) else (protocol,))
 
 

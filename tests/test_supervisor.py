@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from commands import gradsync, run_command, tiny_fit
+
+from gradsync.processes import remove_stale_folders
 
 TESTS = Path(__file__).parent
 
@@ -103,6 +106,18 @@ child.send_signal(signal.SIGSTOP)
     ended = run_command([sys.executable, "-c", code], tmp_path)
     assert ended.code == 0
     assert not ended.orphans
+
+
+def test_dead_sockets_of_multiprocessing_go_and_living_ones_stay(tmp_path: Path) -> None:
+    for name in ("dead", "living"):
+        (tmp_path / f"pymp-{name}").mkdir()
+    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX) as living:
+        dead.bind(str(tmp_path / "pymp-dead" / "listener"))
+        living.bind(str(tmp_path / "pymp-living" / "listener"))
+        living.listen()
+        dead.close()
+        remove_stale_folders(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pymp-living"]
 
 
 def test_a_comparison_that_is_killed_leaves_no_run(tmp_path: Path) -> None:
