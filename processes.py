@@ -62,15 +62,17 @@ def is_started_by_rank_zero() -> bool:
 def living_descendants() -> list[int]:
     """Children of this process, theirs, and so on; those that have ended are left out."""
     parents: dict[int, int] = {}
+    ended: set[int] = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # ended meanwhile
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if state not in ("Z", "X"):
-                parents[int(stat.parent.name)] = int(parent)
+            parents[int(stat.parent.name)] = int(parent)
+            if state in ("Z", "X"):
+                ended.add(int(stat.parent.name))
     found = {os.getpid()}
     while new := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= new
-    return sorted(found - {os.getpid()})
+    return sorted(found - ended - {os.getpid()})
 
 
 def await_children(patience_s: float) -> None:

@@ -175,13 +175,13 @@ def _status_of_zombie(pid: int) -> int | None:
 def _end_descendants() -> None:
     """Whatever the run has started and left behind."""
     deadline = time.monotonic() + _AFTERWARDS_S
-    signum = signal.SIGTERM
-    while left := living_descendants():
-        if time.monotonic() > deadline:
-            signum = signal.SIGKILL
+    times_none = 0
+    while times_none < 2:  # one that changes its parent during a look may be missed by it
+        left = living_descendants()
+        times_none = 0 if left else times_none + 1
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
+                os.kill(pid, signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
         time.sleep(0.02)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
