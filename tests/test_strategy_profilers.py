@@ -47,8 +47,13 @@ def _name(kind: str, action: str, strategy: str) -> str:
     return f"gradsync::{action}" if kind == "pytorch" else f"[Strategy]{STRATEGIES[strategy].__name__}.{action}"
 
 
+def _in_order(value: Any) -> str:
+    """Sets as lists: processes that share the tests must call them alike."""
+    return str(sorted(value)) if isinstance(value, set) else str(value)
+
+
 @pytest.mark.parametrize("kind", PROFILERS)
-@pytest.mark.parametrize(("strategy", "processes", "options", "actions"), CASES, ids=str)
+@pytest.mark.parametrize(("strategy", "processes", "options", "actions"), CASES, ids=_in_order)
 def test_a_profiler_names_what_a_strategy_does(
     strategy: str, processes: int, options: dict[str, Any], actions: set[str], kind: str, tmp_path: Path
 ) -> None:
