@@ -25,6 +25,8 @@ _GRACE_S = 1.5
 """How long the others may take to end when one has failed: all must be out within 3 s."""
 _AFTERWARDS_S = 1.0
 """How long what is left may take when the first process has ended."""
+_GIVE_UP_S = 10.0
+"""How long to wait for a process that even SIGKILL does not end: a driver or a file server holds it."""
 _SENT_BY_KERNEL = 128
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -174,14 +176,14 @@ def _status_of_zombie(pid: int) -> int | None:
 
 def _end_descendants() -> None:
     """Whatever the run has started and left behind."""
-    deadline = time.monotonic() + _AFTERWARDS_S
-    times_none = 0
-    while times_none < 2:  # one that changes its parent during a look may be missed by it
+    start = time.monotonic()
+    times_none = 0  # one that changes its parent during a look may be missed by it, so: twice
+    while times_none < 2 and time.monotonic() < start + _GIVE_UP_S:
         left = living_descendants()
         times_none = 0 if left else times_none + 1
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+                os.kill(pid, signal.SIGTERM if time.monotonic() < start + _AFTERWARDS_S else signal.SIGKILL)
         time.sleep(0.02)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:

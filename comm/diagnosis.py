@@ -11,6 +11,12 @@ import torch.distributed as dist
 _LOST = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|socket closed", re.IGNORECASE)
 _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 _ROLL_CALL_S = 2.0
+_standing: dict[str, str] = {}
+
+
+def stand(**where: str) -> None:
+    """Note what this process is at, in place of what was noted under the same names: a hang is reported with it."""
+    _standing.update(where)
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -42,7 +48,8 @@ def missing_ranks() -> list[int] | None:
 
 
 def explain_timeout(remedy: str) -> str:
-    """One sentence: which rank is missing and what raises the limit (``remedy``)."""
+    """One sentence: which rank is missing, where this one stands, and what raises the limit (``remedy``)."""
     missing = missing_ranks()
     who = f"rank(s) {', '.join(map(str, missing))} did not take part" if missing else "no rank is missing, all are late"
-    return f"communication timed out: {who}; {remedy}"
+    here = f" (this one waits in {', '.join(f'{k} {v}' for k, v in _standing.items())})" if _standing else ""
+    return f"communication timed out: {who}{here}; {remedy}"

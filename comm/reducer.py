@@ -25,6 +25,7 @@ from torch.futures import Future
 
 from .algorithms.algorithm import Algorithm
 from .buckets import BYTES_PER_MIB, Bucket, BufferSpec, ddp_layout, make_buckets
+from .diagnosis import stand
 from .timeline import Timeline
 from .tuner import BucketTuner
 
@@ -332,6 +333,7 @@ class GradientReducer:
 
     def _await(self, launched: _Launched) -> None:
         bucket, index = launched.bucket, launched.bucket.index()
+        stand(bucket=f"{index + 1} of {len(self.buckets)}")
         with self.timeline.tracer.part("wait", bucket=index):
             bucket.take(launched.future.wait())
         num_bytes, end_ns = self.algorithm.num_bytes(bucket), launched.ended.wait()

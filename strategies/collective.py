@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from ..comm.agreement import ModelMismatch, check_same_model
+from ..comm.diagnosis import stand
 from ..comm.memory import keep_freed_memory
 from ..comm.timeline import Timeline
 from ..errors import UserError
@@ -254,6 +255,7 @@ class CollectiveStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         # As Lightning's DDP, which under manual optimization broadcasts before the first forward only.
         assert self.lightning_module is not None
+        stand(step=str(self.lightning_module.global_step))
         if self.in_lockstep:
             self._share_buffers(due_next=not self._accumulating and self.lightning_module.automatic_optimization)
         else:
