@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Final, final
@@ -37,9 +38,9 @@ def go_on_supervised() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans come to this process
     mark_children()
     os.environ[SUPERVISED] = str(os.getpid())
-    # Blocked, they wait until the loop takes them: no handler, no moment in which one is lost. What is ignored (nohup,
+    # Blocked, they wait until a thread takes them: no handler, no moment in which one is lost. What is ignored (nohup,
     # a shell's background) stays so.
-    heard = {signal.SIGCHLD, *(number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN)}
+    heard = {number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN}
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     first = os.fork()
     if first == 0:
@@ -60,7 +61,6 @@ class _Supervisor:
 
     def __init__(self, first: int, records: FailureRecords, heard: set[signal.Signals]) -> None:
         self._first = first
-        self._heard = heard
         self._records = records
         self._watched: dict[int, int] = {}
         """Process numbers by descriptors that become readable when the process ends."""
@@ -68,19 +68,23 @@ class _Supervisor:
         self._status: dict[int, int] = {}
         """Of those that ended as children of this process."""
         self._is_stopping = False
+        self._signals, writer = os.pipe()
+        self._poller.register(self._signals, select.POLLIN)
         self._watch(first)
+        threading.Thread(target=_hear, args=(heard, writer), name="signals", daemon=True).start()
 
     def watch(self) -> int:
         """Block until the run is over; its exit code."""
         while (failed := self._failed()) is None:
             if self._first in self._status:
                 return self._code_of_first()
-            self._take_signal(_POLL_S)
+            self._find()
         self._tell(failed)
         deadline = time.monotonic() + _GRACE_S
         while self._first not in self._status and time.monotonic() < deadline:
-            self._take_signal(_POLL_S)
-        return self._code_of_first() or 1
+            self._wait()
+        code = self._code_of_first()
+        return code if failed == self._first or (code < 128 and code) else 1
 
     def _code_of_first(self) -> int:
         code = os.waitstatus_to_exitcode(self._status[self._first]) if self._first in self._status else 1
@@ -102,14 +106,20 @@ class _Supervisor:
             self._poller.register(descriptor, select.POLLIN)
 
     def _failed(self) -> int | None:
-        """Number of a process that has ended as it should not."""
-        self._find()
+        """Wait a little for a process that ends as it should not; its number. The first to end comes first."""
+        return next((pid for pid in self._wait() if self._ended_badly(pid)), None)
+
+    def _wait(self) -> list[int]:
+        """Those that have ended since, once each; signals that have come are passed on."""
+        ended = []
+        for descriptor, _ in self._poller.poll(_POLL_S * 1000):
+            if descriptor == self._signals:
+                self._pass_on(*os.read(descriptor, 2))
+            else:
+                self._poller.unregister(descriptor)
+                ended.append(self._watched[descriptor])
         self._reap()
-        for descriptor, _ in self._poller.poll(0):
-            if self._ended_badly(self._watched[descriptor]):
-                return self._watched[descriptor]
-            self._poller.unregister(descriptor)
-        return None
+        return ended
 
     def _ended_badly(self, pid: int) -> bool:
         """A first process with an exit code of its own has said why, and is no failure of another's."""
@@ -132,20 +142,23 @@ class _Supervisor:
         name = self._records.processes().get(pid, "process 0")
         print(f"gradsync: error: {name} {error}", file=sys.stderr, flush=True)
 
-    def _take_signal(self, patience_s: float) -> None:
-        """Wait for one that this process gets, and pass it on; a terminal has sent its own to all already."""
-        got = signal.sigtimedwait(self._heard, patience_s)
-        if got is not None and got.si_signo != signal.SIGCHLD:
-            self._is_stopping = True
-            if got.si_code != _SENT_BY_KERNEL:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._first, got.si_signo)
-        self._reap()
+    def _pass_on(self, number: int, is_for_all: int) -> None:
+        self._is_stopping = True
+        if not is_for_all:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._first, number)
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 self._status[ended[0]] = ended[1]
+
+
+def _hear(numbers: set[signal.Signals], writer: int) -> None:
+    """In a thread: signals that come, as two bytes each: number, and whether a terminal has sent it to all already."""
+    while True:
+        got = signal.sigwaitinfo(numbers)
+        os.write(writer, bytes((got.si_signo, got.si_code == _SENT_BY_KERNEL)))
 
 
 def _children_of(pid: int) -> set[int]:

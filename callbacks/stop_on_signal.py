@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -77,7 +78,8 @@ class StopOnSignal(Callback):
         assert self._agreement is not None
         path = _checkpoint_path(trainer)
         if path is not None:
-            trainer.save_checkpoint(path, weights_only=False)
+            with contextlib.suppress(StoppedBySignal):  # it is written, and waits for workers that have stopped already
+                trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             self._agreement.saved()
             _requeue(trainer)

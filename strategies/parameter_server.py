@@ -182,7 +182,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
             return
         roll_call(self._store, self.global_rank, self.world_size, self.start_timeout)
         store, timeout_s = dist.PrefixStore("workers", self._store), self.step_timeout.total_seconds()
-        control = StoreControlPlane(store, self.global_rank, self.world_size, timeout_s, self._progress)
+        stopped = StopAgreement(self._store, None, None).decided
+        control = StoreControlPlane(store, self.global_rank, self.world_size, timeout_s, self._progress, stopped)
         self._metric_sync = MetricSync(control.gather_tensors)
         self.control = control
 

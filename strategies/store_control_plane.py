@@ -6,7 +6,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from typing import Any, final
 
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..comm.packing import pack_tree, unpack_tree
-from ..errors import UserError
+from ..errors import StoppedBySignal, UserError
 from .control_plane import ControlPlane
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 """Torch's store refuses values above 8 MiB."""
 
-_LOOK_S = 5.0
+_LONGEST_PAUSE_S = 0.05
 """How often a rank that waits looks whether the others get on."""
 
 
@@ -51,19 +50,28 @@ class StoreControlPlane(ControlPlane):
         world_size: How many ranks take part.
         timeout_s: How long a rank waits for others while ``progress`` stands still.
         progress: What changes as long as the others train.
+        stopped: The signal for which ranks stop, each after its own step; None as long as there is none.
 
     Raises:
         UserError: (every operation) naming the ranks that did not come.
+        StoppedBySignal: (every operation) they do not come because they have stopped.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, timeout_s: float, progress: Callable[[], Any]
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        progress: Callable[[], Any],
+        stopped: Callable[[], int | None],
     ) -> None:
         self._store = store
         self._rank = rank
         self._world_size = world_size
         self._timeout_s = timeout_s
         self._progress = progress
+        self._stopped = stopped
         self._numbers = itertools.count()
         self._mine: list[list[str]] = []
 
@@ -95,19 +103,19 @@ class StoreControlPlane(ControlPlane):
         return b"".join(self._store.get(f"{head} {index}") for index in range(num_chunks))
 
     def _wait_for(self, key: str, rank: int) -> None:
-        progress, deadline = None, 0.0
-        while True:
-            if (now := self._progress()) != progress or not deadline:
+        progress, deadline, pause_s = None, 0.0, 0.001
+        while not self._store.check([key]):
+            if (signum := self._stopped()) is not None:  # who has stopped does not come any more
+                raise StoppedBySignal(signum, None)
+            if (now := self._progress()) != progress:
                 progress, deadline = now, time.monotonic() + self._timeout_s
-            try:
-                self._store.wait([key], timedelta(seconds=min(_LOOK_S, self._timeout_s)))
-                return
-            except (dist.DistError, RuntimeError) as error:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"rank {rank} did not take part within {self._timeout_s:g} s; "
-                        "--trainer.strategy.step_timeout_s raises the limit"
-                    ) from error
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"rank {rank} did not take part within {self._timeout_s:g} s; "
+                    "--trainer.strategy.step_timeout_s raises the limit"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _gather(self, tree: Any) -> list[Any]:
         """Every rank's ``tree`` of tensors, numbers, strings and containers of them."""

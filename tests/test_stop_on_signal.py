@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from commands import Ended, gradsync, run_command, tiny_fit
 from torch.utils.data import DataLoader
 from training import Mlp, make_data, make_trainer
 
 from gradsync.callbacks import StopOnSignal
+from gradsync.comm.stop import StopAgreement
+from gradsync.errors import StoppedBySignal
+from gradsync.strategies.store_control_plane import StoreControlPlane
 
 RUNS = {"ddp": 2, "manual_allreduce": 3, "sharded_server": 2, "parameter_server": 3}
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
@@ -84,3 +88,14 @@ def test_a_fit_in_another_thread_hears_nothing_and_trains(tmp_path: Path) -> Non
     thread.start()
     thread.join()
     assert trainer.global_step == 2
+
+
+def test_who_waits_for_workers_that_have_stopped_stops_too() -> None:
+    """One may be at the end of its epoch when the others, in the middle of theirs, hear of the signal."""
+    store = dist.HashStore()
+    agreement = StopAgreement(store, 0, None)
+    plane = StoreControlPlane(store, 1, 2, 60.0, lambda: b"", agreement.decided)
+    agreement.ask(signal.SIGTERM)
+    assert agreement.due(1) == signal.SIGTERM
+    with pytest.raises(StoppedBySignal):
+        plane.barrier()

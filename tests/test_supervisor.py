@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -108,16 +109,18 @@ child.send_signal(signal.SIGSTOP)
     assert not ended.orphans
 
 
-def test_dead_sockets_of_multiprocessing_go_and_living_ones_stay(tmp_path: Path) -> None:
-    for name in ("dead", "living"):
-        (tmp_path / f"pymp-{name}").mkdir()
-    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX) as living:
-        dead.bind(str(tmp_path / "pymp-dead" / "listener"))
-        living.bind(str(tmp_path / "pymp-living" / "listener"))
-        living.listen()
-        dead.close()
-        remove_stale_folders(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["pymp-living"]
+def test_dead_sockets_of_multiprocessing_go_and_living_ones_stay() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # the paths of sockets are short
+        folder = Path(name)
+        for kind in ("dead", "living"):
+            (folder / f"pymp-{kind}").mkdir()
+        with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX) as living:
+            dead.bind(str(folder / "pymp-dead" / "listener"))
+            living.bind(str(folder / "pymp-living" / "listener"))
+            living.listen()
+            dead.close()
+            remove_stale_folders(folder)
+        assert [path.name for path in folder.iterdir()] == ["pymp-living"]
 
 
 def test_a_comparison_that_is_killed_leaves_no_run(tmp_path: Path) -> None:
