@@ -47,8 +47,9 @@ def go_on_supervised() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         die_with_parent()
         return
-    code = _Supervisor(first, records, heard).watch()
-    _end_descendants()
+    supervisor = _Supervisor(first, records, heard)
+    code = supervisor.watch()
+    _end_descendants(0.0 if supervisor.has_failure else _AFTERWARDS_S)
     records.close()
     remove_stale_folders()
     sys.stdout.flush()
@@ -67,6 +68,8 @@ class _Supervisor:
         self._poller = select.poll()
         self._status: dict[int, int] = {}
         """Of those that ended as children of this process."""
+        self.has_failure = False
+        """Whether one of the processes has failed that the first one did not wait for."""
         self._is_stopping = False
         self._signals, writer = os.pipe()
         self._poller.register(self._signals, select.POLLIN)
@@ -79,6 +82,7 @@ class _Supervisor:
             if self._first in self._status:
                 return self._code_of_first()
             self._find()
+        self.has_failure = True
         self._tell(failed)
         deadline = time.monotonic() + _GRACE_S
         while self._first not in self._status and time.monotonic() < deadline:
@@ -187,8 +191,8 @@ def _status_of_zombie(pid: int) -> int | None:
         return None
 
 
-def _end_descendants() -> None:
-    """Whatever the run has started and left behind."""
+def _end_descendants(patience_s: float) -> None:
+    """Whatever the run has started and left behind: by SIGTERM, and by SIGKILL when patience ends."""
     start = time.monotonic()
     times_none = 0  # one that changes its parent during a look may be missed by it, so: twice
     while times_none < 2 and time.monotonic() < start + _GIVE_UP_S:
@@ -196,7 +200,7 @@ def _end_descendants() -> None:
         times_none = 0 if left else times_none + 1
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM if time.monotonic() < start + _AFTERWARDS_S else signal.SIGKILL)
+                os.kill(pid, signal.SIGTERM if time.monotonic() < start + patience_s else signal.SIGKILL)
         time.sleep(0.02)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:

@@ -8,7 +8,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-_LOST = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|socket closed", re.IGNORECASE)
+_LOST = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|socket closed|connection was likely closed",
+    re.IGNORECASE,
+)
 _LATE = re.compile(r"timed? ?out", re.IGNORECASE)
 _ROLL_CALL_S = 2.0
 _standing: dict[str, str] = {}

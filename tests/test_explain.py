@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from gradsync.errors import UserError
-from gradsync.explain import one_line
+from gradsync.explain import is_consequence, one_line
 from gradsync.lightning_cli import _check_writable
 
 
@@ -47,3 +51,17 @@ def test_an_error_of_a_loader_process_has_no_traceback() -> None:
 def test_a_run_folder_that_cannot_be_written_is_found_before_anything_else() -> None:
     with pytest.raises(UserError, match="--run_dir"):
         _check_writable(Path("/proc/nowhere"))
+
+
+def test_a_store_that_went_with_its_host_is_a_lost_peer() -> None:
+    reader, writer = os.pipe()
+    if (host := os.fork()) == 0:
+        served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writer, str(served.port).encode())
+        time.sleep(0.5)
+        os._exit(1)
+    store = dist.TCPStore("127.0.0.1", int(os.read(reader, 16)), is_master=False, wait_for_workers=False)
+    with pytest.raises(dist.DistError) as caught:
+        store.wait(["never"], timedelta(seconds=20))
+    os.waitpid(host, 0)
+    assert is_consequence(caught.value)
