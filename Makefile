@@ -14,9 +14,8 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/gradsync compare --demo
 
-# Two at a time: most tests start processes, and wait for them to load.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .

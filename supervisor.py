@@ -194,14 +194,13 @@ def _status_of_zombie(pid: int) -> int | None:
 def _end_descendants(patience_s: float) -> None:
     """Whatever the run has started and left behind: by SIGTERM, and by SIGKILL when patience ends."""
     start = time.monotonic()
-    times_none = 0  # one that changes its parent during a look may be missed by it, so: twice
-    while times_none < 2 and time.monotonic() < start + _GIVE_UP_S:
-        left = living_descendants()
-        times_none = 0 if left else times_none + 1
-        for pid in left:
+    while time.monotonic() < start + _GIVE_UP_S:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:  # who loses its parent becomes a child of this process, so nobody is left at all
+            return
+        for pid in living_descendants():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if time.monotonic() < start + patience_s else signal.SIGKILL)
         time.sleep(0.02)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
