@@ -110,8 +110,10 @@ class _Supervisor:
             self._poller.register(descriptor, select.POLLIN)
 
     def _failed(self) -> int | None:
-        """Wait a little for a process that ends as it should not; its number. The first to end comes first."""
-        return next((pid for pid in self._wait() if self._ended_badly(pid)), None)
+        """Wait a little for a process that ends as it should not; its number."""
+        ended = [pid for pid in self._wait() if self._ended_badly(pid)]
+        # Its children die with the first one's main thread, and may be seen before its last thread has ended.
+        return self._first if ended and self._ended_badly(self._first) else next(iter(ended), None)
 
     def _wait(self) -> list[int]:
         """Those that have ended since, once each; signals that have come are passed on."""
@@ -184,11 +186,12 @@ def _launched_as(pid: int) -> str | None:
 
 
 def _status_of_zombie(pid: int) -> int | None:
-    """Wait status of a process that has ended and whose parent has not asked yet; None if it has."""
+    """Wait status of a process whose main thread has ended, if nobody has asked for it yet; None for others."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[-1])
-    except (OSError, ValueError, IndexError):
+        state, *_, status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return None
+    return int(status) if state in ("Z", "X") else None
 
 
 def _end_descendants(patience_s: float) -> None:
