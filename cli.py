@@ -135,6 +135,8 @@ def _run_lightning(arguments: list[str]) -> Any:
     from .lightning_cli import GradsyncCLI
     from .strategy_flag import expand
 
+    if is_supervised():
+        _leave_watching_to_supervisor()
     sys.argv = [sys.argv[0], *expand(arguments)]
     # Only noise: https://github.com/Lightning-AI/pytorch-lightning (isinstance(treespec, LeafSpec)).
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*", module="lightning")
@@ -145,6 +147,13 @@ def _run_lightning(arguments: list[str]) -> Any:
     cli = GradsyncCLI.from_command_line()
     cli.wait_for_children()
     return cli
+
+
+def _leave_watching_to_supervisor() -> None:
+    """Lightning's observer takes the status of a process that has failed, kills this one and names nobody."""
+    from lightning.pytorch.strategies.launchers import subprocess_script
+
+    subprocess_script._launch_process_observer = lambda child_processes: None
 
 
 if __name__ == "__main__":

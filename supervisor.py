@@ -113,7 +113,10 @@ class _Supervisor:
         """Wait a little for a process that ends as it should not; its number."""
         ended = [pid for pid in self._wait() if self._ended_badly(pid)]
         # Its children die with the first one's main thread, and may be seen before its last thread has ended.
-        return self._first if ended and self._ended_badly(self._first) else next(iter(ended), None)
+        if ended and self._ended_badly(self._first):
+            return self._first
+        # Whoever has lost a peer ends with a code: seen together, the killed one was the cause.
+        return min(ended, key=lambda pid: not os.WIFSIGNALED(self._status_of(pid) or 0), default=None)
 
     def _wait(self) -> list[int]:
         """Those that have ended since, once each; signals that have come are passed on."""
@@ -127,9 +130,13 @@ class _Supervisor:
         self._reap()
         return ended
 
+    def _status_of(self, pid: int) -> int | None:
+        """Wait status of a process that has ended, unless its parent has taken it already."""
+        return self._status.get(pid, _status_of_zombie(pid))
+
     def _ended_badly(self, pid: int) -> bool:
         """A first process with an exit code of its own has said why, and is no failure of another's."""
-        status = self._status.get(pid, _status_of_zombie(pid))
+        status = self._status_of(pid)
         if pid == self._first:
             return status is not None and os.WIFSIGNALED(status) and not self._is_stopping
         return bool(status) and not self._is_stopping
@@ -137,7 +144,7 @@ class _Supervisor:
     def _tell(self, pid: int) -> None:
         if self._records.first() is not None:  # whoever failed by itself has said so, and this may be its doing
             return
-        status = self._status.get(pid, _status_of_zombie(pid)) or 0
+        status = self._status_of(pid) or 0
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             hint = " (the kernel does so where memory is short)" if number == signal.SIGKILL else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -73,8 +75,21 @@ class ServerLauncher(_SubprocessScriptLauncher):
         self.kill(signal.SIGKILL)
 
     def first_exit_code(self) -> tuple[int, int] | None:
-        """(process rank, exit code) of a child that has ended with an error, None if there is none."""
+        """(process rank, exit code) of a child that has ended with an error, None if there is none.
+
+        Its status stays there for the supervisor, who may come later and names the failed process by it.
+        """
         for index, process in enumerate(self.procs):
-            if process.poll():
-                return index + 1, process.returncode
+            if code := _exit_code(process):
+                return index + 1, code
         return None
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    """As ``process.poll()``, which would take the status away."""
+    if process.returncode is not None:
+        return process.returncode
+    ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class FaultyMlp(Mlp):
         self.server = server
         self.fault, self.process, self.at_step = fault, process, at_step
 
+    def on_train_start(self) -> None:
+        if "GRADSYNC_SUPERVISED" in os.environ:  # Lightning's observer would take what the supervisor goes by
+            assert "child-process-observer" not in {thread.name for thread in threading.enumerate()}
+
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         again = self.fault == "kill_once" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         reached = self.trainer.global_step == self.at_step if self.fault == "kill_once" else index == self.at_step
@@ -74,6 +79,10 @@ class FaultyMlp(Mlp):
     @staticmethod
     def _kill(*_: Any) -> None:
         time.sleep(0.5)  # by now the others wait in the collective
+        # The supervisor looks last: nobody else may have taken what it names the failed one by.
+        supervisor = os.environ["GRADSYNC_SUPERVISED"]
+        os.kill(int(supervisor), signal.SIGSTOP)
+        subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {supervisor}"], start_new_session=True)
         print(f"{KILLED_AT}{time.monotonic()}", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
