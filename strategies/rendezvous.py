@@ -94,8 +94,17 @@ def start_default_group(
         timeout=timeout,
         device_id=device if device.type != "cpu" else None,
     )
-    if backend == "nccl":
-        atexit.register(dist.destroy_process_group)  # or torch warns at exit
+    atexit.register(_leave_default_group)
+
+
+def _leave_default_group() -> None:
+    """Join the group's threads while Python still runs.
+
+    A thread of gloo may still hold the last tensor it sent. To drop it after Python's end aborts the process
+    ("terminate called without an active exception"); NCCL warns.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _listen(port: int) -> int:
