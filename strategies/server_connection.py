@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import final
 
 import torch.distributed as dist
 import zmq
 
+from ..comm.server.authenticator import Authenticator
 from ..comm.server.collective import CollectivePeers
 from ..comm.server.naive import NaivePeers
 from ..comm.server.peers import Peers
+from ..errors import UserError
+from ..keys import load_keys
 from ..processes import is_supervised
 from .rendezvous import make_socket_folder, remove_socket_folder
+from .server_options import LOOPBACK
 from .server_watch import ServerWatch
 
 
@@ -26,13 +31,14 @@ class ServerConnection:
         store: Of this run.
         process_rank: Among all processes, of which the first are the servers.
         num_servers: How many they are.
+        keys: Folder of the keys by which they know each other, if they do.
 
     Attributes:
         sockets: Of a server the only one (ROUTER); of a worker one per server (DEALER).
         peers: What moves gradients and parameters if the sockets do not.
     """
 
-    def __init__(self, store: dist.Store, process_rank: int, num_servers: int) -> None:
+    def __init__(self, store: dist.Store, process_rank: int, num_servers: int, keys: Path | None = None) -> None:
         self._store = store
         self._process_rank = process_rank
         self._num_servers = num_servers
@@ -40,14 +46,25 @@ class ServerConnection:
         self.sockets: list[zmq.Socket[bytes]] = []
         self.peers: Peers | None = None
         self._endpoints: list[str] = []
+        self._keys = keys
+        self._authenticator: Authenticator | None = None
         self._watch: ServerWatch | None = None
 
-    def bind(self, over_tcp: bool) -> None:
-        """Server: listen on loopback, or on a Unix socket in a private folder, and say where."""
+    def bind(self, over_tcp: bool, host: str = LOOPBACK) -> None:
+        """Server: listen on ``host``, or on a Unix socket in a private folder, and say where.
+
+        Raises:
+            UserError: the host has no such address, or the keys cannot be read.
+        """
         socket = self._make(zmq.ROUTER)
         socket.router_mandatory = True
+        if self._keys is not None:
+            keys = load_keys(self._keys, "server")
+            self._authenticator = Authenticator(self._context, [keys.other])
+            socket.curve_server = True
+            socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
         if over_tcp:
-            self._endpoints = [f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"]
+            self._endpoints = [_bind_tcp(socket, host)]
         else:
             self._endpoints = [f"ipc://{make_socket_folder() / 'server'}"]
             socket.bind(self._endpoints[0])
@@ -63,6 +80,10 @@ class ServerConnection:
         for endpoint in self._endpoints:
             socket = self._make(zmq.DEALER)
             socket.routing_id = str(rank).encode()
+            if self._keys is not None:
+                keys = load_keys(self._keys, "worker")
+                socket.curve_serverkey = keys.other
+                socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
             socket.connect(endpoint)
 
     def _make(self, kind: int) -> zmq.Socket[bytes]:
@@ -101,6 +122,16 @@ class ServerConnection:
     def close(self, linger_ms: int) -> None:
         """Let go of all, giving what was sent at most ``linger_ms`` to leave."""
         self.stop_watching()
+        if self._authenticator is not None:
+            self._authenticator.close()
         self._context.destroy(linger_ms)
         for endpoint in self._endpoints:
             remove_socket_folder(endpoint)
+
+
+def _bind_tcp(socket: zmq.Socket[bytes], host: str) -> str:
+    """The endpoint."""
+    try:
+        return f"tcp://{host}:{socket.bind_to_random_port(f'tcp://{host}')}"
+    except zmq.ZMQError as error:
+        raise UserError(f"--trainer.strategy.host {host}: the server cannot listen there ({error})") from error
