@@ -166,7 +166,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
             self._store, self.process_rank, self.num_servers, self._options.keys
         )
         if self.is_server:
-            connection.bind(self.options["transport"] == "tcp", self._options.host)
+            connection.bind(self.options["transport"] == "tcp", self._options.host, self.world_size)
             if self.process_rank > 0:
                 connection.watch([0], speaks_for=[])
         else:
@@ -385,6 +385,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
         serving = self._make_serving()
         serving.tracer = self._tracer_of_server()
         self._farewell = serving.serve(self.optimizers, self._named_parameters(), self._cut(), by_name)
+        assert self._connection is not None
+        self._connection.await_farewells()
         if self._farewell[0] is None:  # workers that have trained to the end say more
             signum = StopAgreement(self._store, None, None).decided()
             assert signum is not None
