@@ -161,4 +161,5 @@ def _bind_tcp(socket: zmq.Socket[bytes], host: str) -> str:
     try:
         return f"tcp://{host}:{socket.bind_to_random_port(f'tcp://{host}')}"
     except zmq.ZMQError as error:
+        socket.close(0)
         raise UserError(f"--trainer.strategy.host {host}: the server cannot listen there ({error})") from error

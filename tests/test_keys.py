@@ -8,21 +8,26 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 import zmq
 from commands import run_command
 from distributed import run_distributed
 from torch.utils.data import DataLoader
 from training import Mlp, make_data, make_strategy, make_trainer, quiet, train
 
+from gradsync.comm.server import ServerFailed
+from gradsync.comm.server.gate import MOST_SILENT
 from gradsync.errors import UserError
 from gradsync.keys import load_keys, make_keys
 from gradsync.strategies import ParameterServerStrategy
+from gradsync.strategies.server_connection import ServerConnection
 
 TCP = {"transport": "tcp"}
 
@@ -97,8 +102,12 @@ def test_options_that_would_open_the_server_are_refused(options: dict[str, Any],
 
 
 def test_an_address_of_another_machine_is_refused_by_name(keys: Path) -> None:
-    with pytest.raises(AssertionError, match=r"--trainer.strategy.host 203.0.113.1: the server cannot listen there"):
-        run_distributed(train, 1 + 1, "parameter_server", 2, {}, {}, {**TCP, "host": "203.0.113.1", "keys": keys})
+    connection = ServerConnection(dist.HashStore(), 0, 1, keys)
+    try:
+        with pytest.raises(UserError, match=r"--trainer.strategy.host 203.0.113.1: the server cannot listen there"):
+            connection.bind(True, "203.0.113.1", 1)
+    finally:
+        connection.close(0)
 
 
 # -- a run with strangers ------------------------------------------------------------------------------------------
@@ -113,8 +122,9 @@ class _Watched(Mlp):
 
     def on_train_start(self) -> None:
         if self.global_rank == 0:
-            endpoint = self.trainer.strategy._connection._endpoints[0]  # pyright: ignore
-            (self.folder / "part").write_text(endpoint)
+            strategy: Any = self.trainer.strategy
+            endpoint, pid = strategy._connection._endpoints[0], strategy.store.get("pid 0").decode()
+            (self.folder / "part").write_text(f"{endpoint} {pid}")
             (self.folder / "part").rename(self.folder / "endpoint")
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
@@ -171,8 +181,23 @@ def _zmq_client(endpoint: str, curve: tuple[bytes, bytes, bytes] | None) -> str:
         context.destroy(0)
 
 
+def _fit_among(strangers: Callable[[], None], folder: Path, options: dict[str, Any]) -> list[Any]:
+    thread = threading.Thread(target=strangers)
+    thread.start()
+    try:
+        return run_distributed(_fit, 3, folder, options)
+    finally:
+        (folder / "endpoint").touch()
+        thread.join()
+
+
+def _assert_trained_as_ever(states: list[dict[str, torch.Tensor]]) -> None:
+    expected = run_distributed(train, 3, "parameter_server", 3)[0]
+    assert all(torch.equal(states[0][name], expected[name]) for name in states[0])
+
+
 def _strangers(folder: Path, keys: Path, results: dict[str, Any]) -> None:
-    endpoint = _await(folder / "endpoint")
+    endpoint = _await(folder / "endpoint").split()[0]
     wrong = (load_keys(keys, "worker").other, *zmq.curve_keypair())
     attempts = {
         "plain": lambda: _plain_client(endpoint),
@@ -189,19 +214,97 @@ def _strangers(folder: Path, keys: Path, results: dict[str, Any]) -> None:
 
 def test_strangers_are_refused_and_training_does_not_notice(keys: Path, tmp_path: Path) -> None:
     results: dict[str, Any] = {}
-    thread = threading.Thread(target=_strangers, args=(tmp_path, keys, results))
-    thread.start()
-    try:
-        states = run_distributed(_fit, 3, tmp_path, {**TCP, "keys": keys})
-    finally:
-        (tmp_path / "endpoint").touch()
-        thread.join()
+    states = _fit_among(lambda: _strangers(tmp_path, keys, results), tmp_path, {**TCP, "keys": keys})
     assert {name: how for name, (how, _) in results.items()} == dict.fromkeys(
         ("plain", "without keys", "with a wrong key"), "refused"
     )
     assert all(seconds < 5 for _, seconds in results.values()), results  # 1 s on a quiet machine
-    expected = run_distributed(train, 3, "parameter_server", 3)
-    assert all(torch.equal(states[0][name], expected[0][name]) for name in states[0])
+    _assert_trained_as_ever(states)
+
+
+def _is_open(connection: socket.socket) -> bool:
+    """Reads what there is: ZeroMQ's greeting comes first."""
+    try:
+        while connection.recv(4096, socket.MSG_DONTWAIT):
+            pass
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        pass
+    return False
+
+
+def _silent_crowd(folder: Path, size: int, results: dict[str, Any]) -> None:
+    """Connections that say nothing, until the server has cut all of them; what it holds meanwhile."""
+    endpoint, pid = _await(folder / "endpoint").split()
+    host, _, port = endpoint.removeprefix("tcp://").partition(":")
+    descriptors = Path(f"/proc/{pid}/fd")
+    try:
+        results["before"] = len(list(descriptors.iterdir()))
+        crowd = [socket.create_connection((host, int(port)), timeout=30) for _ in range(size)]
+        deadline = time.monotonic() + 60
+        while sum(map(_is_open, crowd)) > MOST_SILENT and time.monotonic() < deadline:
+            time.sleep(0.01)
+        results["meanwhile"] = len(list(descriptors.iterdir()))
+        while (num_open := sum(map(_is_open, crowd))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        results["still open"] = num_open
+        for connection in crowd:
+            connection.close()
+    finally:
+        (folder / "done").touch()
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_connections_that_say_nothing_are_cut_and_training_goes_on(keys: Path, tmp_path: Path, with_keys: bool) -> None:
+    results: dict[str, Any] = {}
+    options = {**TCP, "keys": keys} if with_keys else TCP
+    states = _fit_among(lambda: _silent_crowd(tmp_path, 100, results), tmp_path, options)
+    assert results["still open"] == 0
+    assert results["meanwhile"] <= results["before"] + MOST_SILENT + 4, results  # some are being closed
+    _assert_trained_as_ever(states)
+
+
+def _talkative_stranger(folder: Path) -> None:
+    """Speaks ZeroMQ, as nobody in particular and as a worker: without keys nothing else keeps it out."""
+    endpoint = _await(folder / "endpoint").split()[0]
+    context = zmq.Context()
+    failed = [bytes([12, *bytes(7)]), b'{"error": "I am a stranger"}', b""]
+    try:
+        for name in (b"7", b"0", b"0:12345678", b"\xff"):
+            with context.socket(zmq.DEALER) as dealer:
+                dealer.linger, dealer.routing_id = 0, name
+                monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                dealer.connect(endpoint)
+                for message in (failed, [bytes(32), *failed], [b""]):
+                    dealer.send_multipart(message)
+                assert monitor.poll(30_000), "not cut"
+                dealer.disable_monitor()
+                monitor.close(0)
+    finally:
+        (folder / "done").touch()
+        context.destroy(0)
+
+
+def test_without_keys_a_stranger_cannot_speak_for_a_worker(tmp_path: Path) -> None:
+    _assert_trained_as_ever(_fit_among(lambda: _talkative_stranger(tmp_path), tmp_path, TCP))
+
+
+def test_a_worker_with_other_keys_is_told_so_and_does_not_hang(keys: Path, tmp_path: Path) -> None:
+    make_keys(tmp_path / "other")
+    (tmp_path / "other" / "server.key").write_bytes((keys / "server.key").read_bytes())
+    store = dist.HashStore()
+    server, worker = ServerConnection(store, 0, 1, keys), ServerConnection(store, 1, 1, tmp_path / "other")
+    try:
+        server.bind(True, "127.0.0.1", 1)
+        worker.find()
+        worker.connect(0)
+        worker.sockets[0].send_multipart([b"hello"])
+        with pytest.raises(ServerFailed, match=r"does not know this worker's key: is --trainer.strategy.keys the same"):
+            worker.sockets[0].poll(30_000)
+    finally:
+        worker.close(30_000)
+        server.close(0)
 
 
 def test_secrets_are_in_no_argument_no_environment_and_no_file_of_the_run(keys: Path, tmp_path: Path) -> None:

@@ -66,3 +66,4 @@ class Gate:
 
     def close(self) -> None:
         self._socket.disable_monitor()
+        self.monitor.close(0)

@@ -47,6 +47,7 @@ class DealerLink:
         self._talk = Conversation(make_token())
         self._ready: deque[list[zmq.Frame]] = deque()
         self._is_connected = False
+        self._is_refused = False
         self._connect()
 
     def _connect(self) -> None:
@@ -88,6 +89,7 @@ class DealerLink:
     def _follow(self, event: int) -> None:
         """What has become of the connection. Of a new one nobody knows the routing id, so say who this is."""
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._is_refused = True  # libzmq does not try again, so that sending would block
             raise ServerFailed(
                 "the server does not know this worker's key: is --trainer.strategy.keys the same on both sides?"
             )
@@ -99,6 +101,7 @@ class DealerLink:
 
     def _disconnect(self) -> None:
         self._socket.disable_monitor()
+        self._monitor.close(0)
         self._socket.close(0)
 
     def _take(self, frames: list[zmq.Frame]) -> None:
@@ -116,12 +119,13 @@ class DealerLink:
         """Block until the server has all that was sent, is gone, or the time is over."""
         now = reached = time.monotonic()
         deadline, asked = now + timeout_ms / 1000, None
-        while not self._talk.is_confirmed and now < deadline and now < reached + _GONE_S:
+        while not (self._talk.is_confirmed or self._is_refused) and now < min(deadline, reached + _GONE_S):
             if asked is not self._socket:
                 asked = self._socket
                 asked.send_multipart(self._talk.control(LAST))
             self._ready.clear()
-            self.poll(50)
+            with contextlib.suppress(ServerFailed):
+                self.poll(50)
             now = time.monotonic()
             reached = now if self._is_connected else reached
 
