@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import struct
 import threading
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import zmq
 from distributed import run_distributed
 from training import train
 
+from gradsync.comm.server.conversation import make_token
 from gradsync.strategies import server_connection
+from gradsync.strategies.server_connection import ServerConnection
 
 TCP: dict[str, Any] = {"transport": "tcp", "part_mib": 0.001}
 
@@ -78,3 +83,36 @@ def test_a_run_whose_connections_are_cut_is_equal_to_the_bit(seed: int) -> None:
     assert states[0].pop("cuts") > 10
     assert states[0].keys() == expected[0].keys()
     assert all(torch.equal(states[0][name], expected[0][name]) for name in states[0])
+
+
+def test_whatever_strangers_send_a_worker_is_heard_once_and_in_order() -> None:
+    """Strangers who know everything about the protocol but a worker's token."""
+    rng, store = random.Random(0), dist.HashStore()
+    server, worker = ServerConnection(store, 0, 1), ServerConnection(store, 1, 1)
+    context = zmq.Context()
+    heard: list[bytes] = []
+    try:
+        server.bind(True, "127.0.0.1", 2)
+        worker.find()
+        worker.connect(0)
+        stranger = context.socket(zmq.DEALER)
+        stranger.linger, stranger.routing_id = 0, b"0:stranger"
+        for number in range(300):
+            worker.sockets[0].send_multipart([str(number).encode()])
+            assert server.sockets[0].poll(30_000)
+            heard.append(server.sockets[0].recv_multipart()[1].bytes)
+            if number == 0:
+                stranger.connect(store.get("endpoint 0").decode())
+            numbers = rng.choice([0, 1, number + 2, 2**64 - 1]), rng.choice([0, 2**63])
+            header = struct.pack("<16sQQ", make_token(), *numbers)
+            hostile = [header[: rng.choice([0, 31, 32, 32, 32])], *(rng.randbytes(9) for _ in range(rng.randrange(4)))]
+            stranger.send_multipart(hostile, zmq.DONTWAIT)
+        assert not server.sockets[0].poll(200)
+        server.sockets[0].send_multipart([b"0", b"answer"])
+        assert worker.sockets[0].poll(30_000)
+        assert worker.sockets[0].recv_multipart()[0].bytes == b"answer"
+    finally:
+        context.destroy(0)
+        worker.close(0)
+        server.close(0)
+    assert heard == [str(number).encode() for number in range(300)]
