@@ -32,7 +32,7 @@ from .rendezvous import roll_call
 from .served_world import ServedWorldStrategy
 from .server_connection import ServerConnection
 from .server_launcher import ServerLauncher, ServingDone
-from .server_options import ServerOptions
+from .server_options import LOOPBACK, ServerOptions
 from .server_refusals import refuse_optimizers, refuse_settings, warn_of_no_effect
 from .server_tensorboard import announce
 from .serving import PROGRESS_KEY, Serving
@@ -74,6 +74,9 @@ class ParameterServerStrategy(ServedWorldStrategy):
             unrounded. By default they travel as they are.
         server_log_every_n_steps: How often the server prints what it does, and writes it to TensorBoard if the trainer
             has a TensorBoardLogger; 0 for neither.
+        host: The IPv4 address on which the server listens with ``transport: tcp``; off loopback it needs ``keys``.
+        keys: A folder of ``gradsync keygen``, for ``transport: tcp``: who does not have them is refused, and what
+            travels is encrypted.
         kwargs: See :class:`CollectiveStrategy`.
     """
 
@@ -93,6 +96,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
         record_schedule: str | Path | None = None,
         replay_schedule: str | Path | None = None,
         wire_dtype: str | None = None,
+        host: str = LOOPBACK,
+        keys: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -108,6 +113,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
             record_schedule=record,
             replay_schedule=replay,
             wire_dtype=wire_dtype,
+            host=host,
+            keys=Path(keys) if keys else None,
         )
         self.options = self._options.shown()
         self.num_servers = servers
@@ -155,9 +162,11 @@ class ParameterServerStrategy(ServedWorldStrategy):
     def connect_processes(self) -> None:
         """The server binds its socket and hosts the store; the workers form the default group among themselves."""
         self.join_store()
-        connection = self._connection = ServerConnection(self._store, self.process_rank, self.num_servers)
+        connection = self._connection = ServerConnection(
+            self._store, self.process_rank, self.num_servers, self._options.keys
+        )
         if self.is_server:
-            connection.bind(over_tcp=self.options["transport"] == "tcp")
+            connection.bind(self.options["transport"] == "tcp", self._options.host, self.world_size)
             if self.process_rank > 0:
                 connection.watch([0], speaks_for=[])
         else:
@@ -376,6 +385,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
         serving = self._make_serving()
         serving.tracer = self._tracer_of_server()
         self._farewell = serving.serve(self.optimizers, self._named_parameters(), self._cut(), by_name)
+        assert self._connection is not None
+        self._connection.await_farewells()
         if self._farewell[0] is None:  # workers that have trained to the end say more
             signum = StopAgreement(self._store, None, None).decided()
             assert signum is not None

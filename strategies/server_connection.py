@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import final
+from pathlib import Path
+from typing import Any, final
 
 import torch.distributed as dist
 import zmq
 
+from ..comm.server.authenticator import Authenticator
 from ..comm.server.collective import CollectivePeers
+from ..comm.server.links import DealerLink, RouterLink
 from ..comm.server.naive import NaivePeers
 from ..comm.server.peers import Peers
+from ..errors import UserError
+from ..keys import load_keys
 from ..processes import is_supervised
 from .rendezvous import make_socket_folder, remove_socket_folder
 from .server_watch import ServerWatch
+
+_HANDSHAKE_MS = 5000
+"""How long a connection may take for ZeroMQ's handshake; the rest is in :mod:`..comm.server.gate`."""
 
 
 @final
@@ -26,31 +34,48 @@ class ServerConnection:
         store: Of this run.
         process_rank: Among all processes, of which the first are the servers.
         num_servers: How many they are.
+        keys: Folder of the keys by which they know each other, if they do.
 
     Attributes:
         sockets: Of a server the only one (ROUTER); of a worker one per server (DEALER).
         peers: What moves gradients and parameters if the sockets do not.
     """
 
-    def __init__(self, store: dist.Store, process_rank: int, num_servers: int) -> None:
+    def __init__(self, store: dist.Store, process_rank: int, num_servers: int, keys: Path | None = None) -> None:
         self._store = store
         self._process_rank = process_rank
         self._num_servers = num_servers
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.sockets: list[zmq.Socket[bytes]] = []
+        self.sockets: list[Any] = []
+        self._links: list[DealerLink | RouterLink] = []
         self.peers: Peers | None = None
         self._endpoints: list[str] = []
+        self._keys = keys
+        self._authenticator: Authenticator | None = None
         self._watch: ServerWatch | None = None
 
-    def bind(self, over_tcp: bool) -> None:
-        """Server: listen on loopback, or on a Unix socket in a private folder, and say where."""
+    def bind(self, over_tcp: bool, host: str, num_workers: int) -> None:
+        """Server: listen on ``host``, or on a Unix socket in a private folder, and say where.
+
+        Raises:
+            UserError: the host has no such address, or the keys cannot be read.
+        """
         socket = self._make(zmq.ROUTER)
         socket.router_mandatory = True
+        if self._keys is not None:
+            keys = load_keys(self._keys, "server")
+            self._authenticator = Authenticator(self._context, [keys.other])
+            socket.curve_server = True
+            socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
         if over_tcp:
-            self._endpoints = [f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"]
+            socket.handshake_ivl = _HANDSHAKE_MS
+            socket.maxmsgsize = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            self._endpoints = [_bind_tcp(socket, host)]
+            self._links = self.sockets = [RouterLink(socket, num_workers)]
         else:
             self._endpoints = [f"ipc://{make_socket_folder() / 'server'}"]
             socket.bind(self._endpoints[0])
+            self.sockets = [socket]
         self._store.set(f"pid {self._process_rank}", str(os.getpid()))
         self._store.set(f"endpoint {self._process_rank}", self._endpoints[0])
 
@@ -61,14 +86,27 @@ class ServerConnection:
     def connect(self, rank: int) -> None:
         """Worker ``rank``: to all servers that were found."""
         for endpoint in self._endpoints:
-            socket = self._make(zmq.DEALER)
-            socket.routing_id = str(rank).encode()
-            socket.connect(endpoint)
+            if endpoint.startswith("tcp:"):
+                link = DealerLink(self._make_dealer, endpoint, rank)
+                self._links.append(link)
+                self.sockets.append(link)
+            else:
+                dealer = self._make(zmq.DEALER)
+                dealer.routing_id = str(rank).encode()
+                dealer.connect(endpoint)
+                self.sockets.append(dealer)
+
+    def _make_dealer(self) -> zmq.Socket[bytes]:
+        dealer = self._make(zmq.DEALER)
+        if self._keys is not None:
+            keys = load_keys(self._keys, "worker")
+            dealer.curve_serverkey = keys.other
+            dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
+        return dealer
 
     def _make(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.set_hwm(0)  # what is under way is bounded by one step; dropping would lose gradients
-        self.sockets.append(socket)
         return socket
 
     def meet_peers(
@@ -98,9 +136,30 @@ class ServerConnection:
 
     # -- the end ---------------------------------------------------------------------------------------------
 
+    def await_farewells(self) -> None:
+        """Server: all workers have left; see :meth:`.RouterLink.await_farewells`."""
+        for link in self._links:
+            if isinstance(link, RouterLink):
+                link.await_farewells()
+
     def close(self, linger_ms: int) -> None:
         """Let go of all, giving what was sent at most ``linger_ms`` to leave."""
         self.stop_watching()
+        for link in self._links:
+            if isinstance(link, DealerLink):
+                link.drain(linger_ms)
+            link.close()
+        if self._authenticator is not None:
+            self._authenticator.close()
         self._context.destroy(linger_ms)
         for endpoint in self._endpoints:
             remove_socket_folder(endpoint)
+
+
+def _bind_tcp(socket: zmq.Socket[bytes], host: str) -> str:
+    """The endpoint."""
+    try:
+        return f"tcp://{host}:{socket.bind_to_random_port(f'tcp://{host}')}"
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise UserError(f"--trainer.strategy.host {host}: the server cannot listen there ({error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ _OF_ALL_WORKERS = ("collective", "naive")
 _MODES = ("sync", "async", "bounded")
 _FLAG = "--trainer.strategy."
 _DEFAULT_STALENESS = 4
+LOOPBACK = "127.0.0.1"
 
 
 @final
@@ -39,11 +41,14 @@ class ServerOptions:
     record_schedule: Path | None = None
     replay_schedule: Path | None = None
     wire_dtype: str | None = None
+    host: str = LOOPBACK
+    keys: Path | None = None
 
     def __post_init__(self) -> None:
         self._check_values()
         self._check_transport()
         self._check_mode()
+        self._check_security()
         if self.share_parameters:
             self._check_sharing()
 
@@ -83,6 +88,18 @@ class ServerOptions:
         elif self.servers > 1 and (self.record_schedule or self.replay_schedule):
             raise UserError(f"{_FLAG}record_schedule and replay_schedule need {_FLAG}servers 1")
 
+    def _check_security(self) -> None:
+        if self.host != LOOPBACK and self.transport != "tcp":
+            raise UserError(f"{_FLAG}host {self.host} needs {_FLAG}transport tcp, got {self.transport}")
+        if self.keys is not None and self.transport != "tcp":
+            raise UserError(f"{_FLAG}keys are for {_FLAG}transport tcp, got {self.transport}: leave one of them out")
+        address = _address(self.host)
+        if not address.is_loopback and self.keys is None:
+            raise UserError(
+                f"{_FLAG}host {self.host} lets other machines connect, and without keys whoever does takes part: make "
+                f"some with `gradsync keygen DIR`, and give {_FLAG}keys DIR"
+            )
+
     def _check_sharing(self) -> None:
         flag = f"{_FLAG}share_parameters"
         if self.transport not in ("auto", "shared_memory"):
@@ -115,6 +132,10 @@ class ServerOptions:
         options |= {"servers": self.servers, "mode": self.mode, "share_parameters": self.share_parameters}
         if self.wire_dtype is not None:
             options["wire_dtype"] = self.wire_dtype
+        if self.host != LOOPBACK:
+            options["host"] = self.host
+        if self.keys is not None:
+            options["keys"] = str(self.keys)
         if not self.is_sync:
             options |= {"staleness": self.bound, "staleness_correction": self.staleness_correction}
         return options
@@ -141,3 +162,13 @@ class ServerOptions:
             raise UserError(
                 f"{_FLAG}replay_schedule: {self.replay_schedule} is no recorded schedule: {error}"
             ) from error
+
+
+def _address(host: str) -> ipaddress.IPv4Address:
+    try:
+        address = ipaddress.IPv4Address(host)
+    except ValueError as error:
+        raise UserError(f"{_FLAG}host must be an IPv4 address of this machine, got {host!r}") from error
+    if address.is_unspecified or address.is_multicast:
+        raise UserError(f"{_FLAG}host must be one address, which the workers connect to, got {host!r}")
+    return address

@@ -325,3 +325,42 @@ def test_a_failed_row_does_not_lose_the_others(harness: Any, capsys: pytest.Capt
     assert summary["ours"]["ratio_to_ddp"] == pytest.approx({"median": 1.1, "min": 1.0, "max": 1.2})
     assert "ratio_to_broken" not in summary["ours"]
     assert capsys.readouterr().out.count("FAILED: it is broken") == 1
+
+
+# -- hostile messages ----------------------------------------------------------------------------------------------
+
+
+def test_hostile_messages_change_nothing_and_every_kind_of_them_is_sent(tmp_path: Path) -> None:
+    done = run_script("fuzz.py", "--frames", "3000", "--socket-share", "0.2", "--json", str(tmp_path / "fuzz.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3,000 hostile messages" in done.stdout
+    assert "all is well" in done.stdout
+    rows = json.loads((tmp_path / "fuzz.json").read_text())["rows"]
+    assert len(rows) == 6
+    assert sum(row["messages"] for row in rows.values()) == 3000
+    for name, row in rows.items():
+        assert row["outcomes"]["refused"] > row["messages"] / 4, name
+        assert row["faults"] == {}, name
+        assert all(row["by_mutation"].values()), name
+    assert all(row["outcomes"]["raw"] == 20 for name, row in rows.items() if "socket" in name)
+
+
+def test_a_server_that_takes_what_it_should_refuse_is_found(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fuzzer that cannot find anything would say the same of every server."""
+    import random
+
+    import fuzz
+    from fuzz_frames import record
+
+    from gradsync.comm.server.aggregator import Aggregator
+
+    add = Aggregator.add
+
+    def careless(self: Aggregator, worker: int, bucket_index: int, part: int, payload: Any) -> None:
+        with torch.no_grad():
+            self.layout.buckets[0].parameters()[0].view(-1)[0] += 1
+        add(self, worker, bucket_index, part, payload)
+
+    monkeypatch.setattr(Aggregator, "add", careless)
+    row = fuzz.attack_object("sync", record("sync"), 600, random.Random(0), lambda done: None)
+    assert "parameters changed by what was refused" in row.misses()

@@ -32,6 +32,7 @@ import gradsync
 from gradsync.compare import _parser as compare_parser
 from gradsync.convert import _parser as convert_parser
 from gradsync.doctor import _parser as doctor_parser
+from gradsync.keys import _parser as keygen_parser
 from gradsync.lightning_cli import GradsyncCLI
 from gradsync.strategy_flag import expand
 from gradsync.tune_batch_size import _parser as tune_parser
@@ -44,6 +45,7 @@ OWN_PARSERS = {
     "compare": compare_parser,
     "convert": convert_parser,
     "doctor": doctor_parser,
+    "keygen": keygen_parser,
     "tune-batch-size": tune_parser,
 }
 LANGUAGES = {"bash", "python", "yaml", "diff", "text"}
