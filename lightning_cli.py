@@ -23,6 +23,7 @@ from .callbacks import (
     CommunicationMonitor,
     Dashboard,
     EvenBatches,
+    FailureChannel,
     NonfiniteGuard,
     RandomState,
     ResultsWriter,
@@ -149,7 +150,7 @@ class GradsyncCLI(LightningCLI):
             config["default_root_dir"] = str(run_dir)
         # Ours come last: what they report then includes what the user's own callbacks cost.
         own = [*self._observers(config), *self._writers(config, run_dir)]
-        guards = [EvenBatches()]  # before anything that communicates
+        guards = [FailureChannel(), EvenBatches()]  # before anything that communicates
         config["callbacks"] = [*guards, *(config.get("callbacks") or []), *own]
         return super().instantiate_trainer(**kwargs)
 

@@ -4,6 +4,7 @@ from .communication_monitor import CommunicationMonitor
 from .dashboard import Dashboard
 from .ddp_timeline import DDPTimeline
 from .even_batches import EvenBatches
+from .failure_channel import FailureChannel
 from .line_progress import LineProgress, default_progress_callbacks
 from .nonfinite_guard import NonfiniteGuard
 from .random_state import RandomState
@@ -21,6 +22,7 @@ __all__ = [
     "DDPTimeline",
     "Dashboard",
     "EvenBatches",
+    "FailureChannel",
     "LineProgress",
     "NonfiniteGuard",
     "RandomState",

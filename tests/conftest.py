@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -22,6 +24,10 @@ tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="gradsync-test
 atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 _PATIENCE_S = 5.0
+_MARK = "GRADSYNC_SUITE"
+"""In the environment of all that the suite starts: the number of pytest's process."""
+_NOT_OURS = ("pytest-of-", "torchelastic_", "torchinductor_")
+"""Folders that pytest, torchrun's agent and torch's compiler leave in the temporary folder."""
 
 
 def _children() -> set[int]:
@@ -44,6 +50,36 @@ def _temporary_files() -> set[str]:
     folder = Path(tempfile.gettempdir())
     remove_stale_folders(folder)
     return {path.name for path in folder.glob("gradsync-*")}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def suite_leaves_nothing_behind() -> Iterator[None]:
+    """After the last test: no process of the suite, however far it went, no port, shared memory or temporary file."""
+    os.environ[_MARK], shared = str(os.getpid()), _shared_memory()
+    yield
+    deadline = time.monotonic() + _PATIENCE_S
+    while ((processes := _marked()) or _shared_memory() - shared) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not processes, "the suite left processes running"
+    assert not _shared_memory() - shared, "the suite left shared memory"
+    listening = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert not listening, "the suite left ports open"
+    files = [name for name in os.listdir(tempfile.gettempdir()) if not name.startswith(_NOT_OURS)]
+    assert not files, "the suite left temporary files"
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir() if path.stat().st_uid == os.getuid()}
+
+
+def _marked() -> list[str]:
+    """Command lines of the other processes of this suite, whoever their parent is now."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(_MARK) == str(os.getpid()):
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 @pytest.fixture(autouse=True)

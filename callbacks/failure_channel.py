@@ -1,0 +1,145 @@
+"""Beside the collectives: which process of the run failed first, told to those on other hosts over the store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from typing import final
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from ..comm.diagnosis import is_timeout
+from ..errors import StoppedBySignal
+from ..explain import is_consequence, one_line
+from ..failures import FailureRecords
+from ..processes import is_supervised
+from ..strategies.served_world import ServedWorldStrategy
+from .run_store import run_store
+
+_BEAT_S = 0.25
+_SILENT_S = 2.0
+"""How long a process says nothing that is taken for gone, once a collective has failed."""
+_LOST_STORE = (dist.DistError, RuntimeError)
+_FIRST = "first"
+
+
+@final
+class FailureChannel(Callback):
+    """Names the first failure on every host, and ends the processes there, which would wait for the one that has gone.
+
+    For ranks that no supervisor of ours sees together: on several hosts, and under torchrun. Elsewhere, and under a
+    strategy whose workers watch each other themselves, it does nothing. Every rank says four times a second that it
+    lives, so that one that was killed can be told by its silence.
+    """
+
+    _end: _ChannelEnd | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        apart = trainer.num_nodes > 1 or not is_supervised()
+        watched_otherwise = isinstance(trainer.strategy, ServedWorldStrategy)
+        if apart and trainer.world_size > 1 and dist.is_initialized() and not watched_otherwise:
+            self._end = _ChannelEnd(run_store(trainer.strategy), trainer.global_rank, trainer.world_size)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        end, self._end = self._end, None
+        if end is None:
+            return
+        if is_consequence(exception):
+            end.find_cause()
+        elif _is_failure(exception):
+            end.post(f"rank {trainer.global_rank}", one_line(exception) or f"{type(exception).__name__}: {exception}")
+        end.close()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        end, self._end = self._end, None
+        if end is not None:
+            end.close()
+
+
+@final
+class _ChannelEnd:
+    """That of one rank, with a thread of its own."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self._store = dist.PrefixStore("failures", store.clone())
+        self._rank, self._world_size = rank, world_size
+        self._records = FailureRecords()
+        self._closed = threading.Event()
+        self._store.set(f"host of {rank}", socket.gethostname())
+        self._thread = threading.Thread(target=self._run, name="failure channel", daemon=True)
+        self._thread.start()
+
+    def post(self, who: str, error: str) -> None:
+        """A process of this host has failed; only the first failure of the run is kept."""
+        self._closed.set()
+        with contextlib.suppress(*_LOST_STORE):
+            self._store.compare_set(_FIRST, "", f"{who} on {socket.gethostname()}: {error}")
+
+    def find_cause(self) -> None:
+        """A peer was lost: name whoever failed and end this process, or return if nobody can be named."""
+        try:
+            silent = self._silent()
+            if silent and not self._store.check([_FIRST]):
+                who = " and ".join(f"rank {rank} on {self._host_of(rank)}" for rank in silent)
+                self._store.compare_set(_FIRST, "", f"{who}: gone without a word, killed perhaps")
+            self._thread.join(_SILENT_S)
+        except _LOST_STORE:
+            self._leave("rank 0: gone without a word, and the store of the run with it")
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        with contextlib.suppress(*_LOST_STORE):
+            self._store.set(f"beat of {self._rank}", "ended")
+        self._records.close()
+
+    def _run(self) -> None:
+        with contextlib.suppress(*_LOST_STORE):  # its host has ended, or failed: then the collectives fail as well
+            while not self._closed.wait(_BEAT_S):
+                self._store.set(f"beat of {self._rank}", str(time.monotonic()))
+                if self._store.check([_FIRST]):
+                    self._leave(self._store.get(_FIRST).decode())
+                if (here := self._records.first()) is not None:  # the supervisor of this host has said so
+                    self.post(*here.split(": ", 1))
+
+    def _silent(self) -> list[int]:
+        """Ranks whose beat has stopped; blocks until there are some, or the first failure is known."""
+        since = {rank: (b"", time.monotonic()) for rank in range(self._world_size)}
+        deadline = time.monotonic() + 2 * _SILENT_S
+        while time.monotonic() < deadline and not self._store.check([_FIRST]):
+            for rank, (beat, _) in since.items():
+                key = f"beat of {rank}"
+                if self._store.check([key]) and (now := self._store.get(key)) != beat:
+                    since[rank] = (now, time.monotonic())
+            silent = [r for r, (beat, at) in since.items() if beat != b"ended" and time.monotonic() - at > _SILENT_S]
+            if silent:
+                return silent
+            time.sleep(_BEAT_S)
+        return []
+
+    def _host_of(self, rank: int) -> str:
+        key = f"host of {rank}"
+        return self._store.get(key).decode() if self._store.check([key]) else "an unknown host"
+
+    def _leave(self, first: str) -> None:
+        """End this process hard: its main thread may wait in a collective for a long time."""
+        if self._records.note(first):
+            print(f"gradsync: error: {first}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _is_failure(exception: BaseException) -> bool:
+    """Whether the other ranks have to be told: a timeout they see by themselves."""
+    return isinstance(exception, Exception) and not isinstance(exception, StoppedBySignal) and not is_timeout(exception)
