@@ -15,6 +15,7 @@ from typing import final
 import torch
 from rich.console import Console
 
+from .argument_types import non_negative_int, positive_int
 from .comparison_runs import ComparisonRuns, Run
 from .datamodules.opening import check_root
 from .errors import UserError
@@ -37,9 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--epochs", type=_positive, default=None, metavar="N", help="epochs of each run (default 3)")
-    add("--batch-size", type=_positive, default=None, metavar="N", help="images per process and step (default 64)")
-    add("--workers", type=_not_negative, default=None, metavar="N", help="loader processes per training process")
+    add("--epochs", type=positive_int, default=None, metavar="N", help="epochs of each run (default 3)")
+    add("--batch-size", type=positive_int, default=None, metavar="N", help="images per process and step (default 64)")
+    add("--workers", type=non_negative_int, default=None, metavar="N", help="loader processes per training process")
     add("--data-dir", default=None, metavar="DIR", help="images or Parquet shards, a folder or URL (default: demo)")
     add(
         "--backend",
@@ -57,29 +58,15 @@ def _parser() -> argparse.ArgumentParser:
         help="names, each with options of that run only if you like: parameter_server:mode=async or "
         f"parameter_server:servers=2+transport=tcp (default {_DEFAULT_STRATEGIES})",
     )
-    add("--repeats", type=_positive, default=1, metavar="N", help="interleaved repeats of every run (default 1)")
-    add("--seed", type=_not_negative, default=42, metavar="N", help="the same for every run (default 42)")
+    add("--repeats", type=positive_int, default=1, metavar="N", help="interleaved repeats of every run (default 1)")
+    add("--seed", type=non_negative_int, default=42, metavar="N", help="the same for every run (default 42)")
     add("--output", type=Path, default=None, metavar="DIR", help="folder of the comparison (default: comparisons/TIME)")
     add("--demo", action="store_true", help="the settings of the demo: bundled images, minutes on 2 cores")
     return parser
 
 
-def _positive(text: str) -> int:
-    return _whole_number(text, minimum=1)
-
-
-def _not_negative(text: str) -> int:
-    return _whole_number(text, minimum=0)
-
-
-def _whole_number(text: str, minimum: int) -> int:
-    if not text.isdigit() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= {minimum}, got {text!r}")
-    return int(text)
-
-
 def _counts(text: str) -> list[int]:
-    return sorted({_positive(part) for part in text.split(",")})
+    return sorted({positive_int(part) for part in text.split(",")})
 
 
 @final

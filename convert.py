@@ -18,6 +18,7 @@ from typing import Any, final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .argument_types import positive_int
 from .checkpoints.replacing import remove_leftovers
 from .datamodules.conversion import Conversion, Encoding, Shard
 from .datamodules.image_folder import ImageFolderSource
@@ -42,17 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="folder with train/ and val/")
     add("target", type=Path, metavar="DST", help="folder of the shards")
-    add("--resize", type=_positive, metavar="PIXELS", help="scale the shorter side down to this, and encode anew")
-    add("--quality", type=_positive, default=90, metavar="Q", help="of JPEG, 1 to 100, with --resize (default 90)")
-    add("--images-per-shard", type=_positive, default=4096, metavar="N", help="(default 4096)")
-    add("--workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
+    add("--resize", type=positive_int, metavar="PIXELS", help="scale the shorter side down to this, and encode anew")
+    add("--quality", type=positive_int, default=90, metavar="Q", help="of JPEG, 1 to 100, with --resize (default 90)")
+    add("--images-per-shard", type=positive_int, default=4096, metavar="N", help="(default 4096)")
+    add("--workers", type=positive_int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    return int(text)
 
 
 def main(arguments: list[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .argument_types import positive_float, positive_int
 from .doctor_output import Screen
 from .errors import UserError
 from .health import Check, PlannedRun
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--devices",
-        type=_positive,
+        type=positive_int,
         metavar="N",
         help="ranks of the run (default: all GPUs; on the CPU as many as cores, at most 4)",
     )
@@ -61,29 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="gloo on the CPU, NCCL on GPUs")
     add(
         "--timeout",
-        type=_seconds,
+        type=positive_float("seconds"),
         default=60.0,
         metavar="SECONDS",
         help="how long ranks, or a disk, may hang (default 60)",
     )
     add("--json", type=Path, metavar="FILE", help="write the checks there too")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds > 0, got {text!r}")
-    return seconds
 
 
 def main(arguments: list[str]) -> None:

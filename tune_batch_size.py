@@ -12,6 +12,7 @@ from typing import final
 from rich.console import Console
 from rich.table import Table
 
+from .argument_types import positive_float, positive_int
 from .batch_size_search import BatchSizeSearch
 from .batch_size_trial import GIB, Trial, run_trial
 from .errors import UserError
@@ -30,33 +31,17 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--first", type=_positive, default=8, metavar="N", help="batch size to begin with (default 8)")
-    add("--most", type=_positive, default=1024, metavar="N", help="largest batch size to try (default 1024)")
-    add("--steps", type=_positive, default=15, metavar="N", help="steps of each trial (default 15)")
+    add("--first", type=positive_int, default=8, metavar="N", help="batch size to begin with (default 8)")
+    add("--most", type=positive_int, default=1024, metavar="N", help="largest batch size to try (default 1024)")
+    add("--steps", type=positive_int, default=15, metavar="N", help="steps of each trial (default 15)")
     add(
         "--memory-limit-gib",
-        type=_size,
+        type=positive_float("GiB"),
         metavar="X",
         help="memory of all processes together (default: 90 %% of what is free now)",
     )
     add("--output", type=Path, metavar="DIR", help="folder of table, plot and logs (default: tuning/TIME)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def _size(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of GiB > 0, got {text!r}")
-    return size
 
 
 def main(arguments: list[str]) -> None:
