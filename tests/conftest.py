@@ -26,8 +26,6 @@ atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 _PATIENCE_S = 5.0
 _MARK = "GRADSYNC_SUITE"
 """In the environment of all that the suite starts: the number of pytest's process."""
-_NOT_OURS = ("pytest-of-", "torchelastic_", "torchinductor_")
-"""Folders that pytest, torchrun's agent and torch's compiler leave in the temporary folder."""
 
 
 def _children() -> set[int]:
@@ -64,7 +62,8 @@ def suite_leaves_nothing_behind() -> Iterator[None]:
     assert not _shared_memory() - shared, "the suite left shared memory"
     listening = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
     assert not listening, "the suite left ports open"
-    files = [name for name in os.listdir(tempfile.gettempdir()) if not name.startswith(_NOT_OURS)]
+    # torchrun, torch's compiler and Chromium leave theirs there.
+    files = _temporary_files() | {path.name for path in Path(tempfile.gettempdir()).glob("pymp-*")}
     assert not files, "the suite left temporary files"
 
 
