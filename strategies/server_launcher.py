@@ -89,7 +89,10 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
     """As ``process.poll()``, which would take the status away."""
     if process.returncode is not None:
         return process.returncode
-    ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    try:
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # Lightning's observer is just taking it, in a script that no supervisor watches
+        return process.poll()
     if ended is None:
         return None
     return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
