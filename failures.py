@@ -24,13 +24,24 @@ class FailureRecords:
             os.environ[FAILURES] = str(make_private_folder("failures"))
         self._folder = Path(os.environ[FAILURES])
 
-    def introduce(self, name: str | None = None, pid: int | None = None) -> None:
-        """Say what this process, or another, is called: ``process`` and its number on this host unless it is known."""
-        self._write(f"{pid or os.getpid()}.process", {"name": name or f"process {os.environ.get('LOCAL_RANK', '0')}"})
+    def introduce(self, name: str | None = None, pid: int | None = None, may_be_lost: bool = False) -> None:
+        """Say what this process, or another, is called: ``process`` and its number on this host unless it is known.
+
+        ``may_be_lost``: the run goes on without it.
+        """
+        name = name or f"process {os.environ.get('LOCAL_RANK', '0')}"
+        self._write(f"{pid or os.getpid()}.process", {"name": name, "may_be_lost": may_be_lost})
 
     def processes(self) -> dict[int, str]:
         """Names of those that have introduced themselves, by process number."""
-        return {int(path.stem): json.loads(path.read_text())["name"] for path in self._folder.glob("*.process")}
+        return {pid: record["name"] for pid, record in self._introduced().items()}
+
+    def may_be_lost(self, pid: int) -> bool:
+        """Whether the run goes on without this process, as far as it has said so."""
+        return self._introduced().get(pid, {}).get("may_be_lost", False)
+
+    def _introduced(self) -> dict[int, dict[str, Any]]:
+        return {int(path.stem): json.loads(path.read_text()) for path in self._folder.glob("*.process")}
 
     def note(self, error: str, pid: int | None = None) -> bool:
         """Record why this process fails (by itself, not through a peer), or another one that could not.
@@ -70,7 +81,7 @@ class FailureRecords:
             os.environ.pop(FAILURES, None)
 
 
-def introduce(name: str) -> None:
+def introduce(name: str, may_be_lost: bool = False) -> None:
     """:meth:`FailureRecords.introduce`, in a run that keeps records."""
     if FAILURES in os.environ:
-        FailureRecords().introduce(name)
+        FailureRecords().introduce(name, may_be_lost=may_be_lost)

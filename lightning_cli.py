@@ -210,7 +210,7 @@ class GradsyncCLI(LightningCLI):
                 raise UserError(
                     f"process {process.pid} of this run did not end within {_CHILD_PATIENCE_S:g} s"
                 ) from None
-            if code:
+            if code and process not in getattr(launcher, "given_up", ()):
                 raise UserError(f"process {process.pid} of this run ended with code {code} after training")
 
 

@@ -139,7 +139,7 @@ class _Supervisor:
         status = self._status_of(pid)
         if pid == self._first:
             return status is not None and os.WIFSIGNALED(status) and not self._is_stopping
-        return bool(status) and not self._is_stopping
+        return bool(status) and not self._is_stopping and not self._records.may_be_lost(pid)
 
     def _tell(self, pid: int) -> None:
         if self._records.first() is not None:  # whoever failed by itself has said so, and this may be its doing

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from ..errors import UserError
-from .run_store import exchange, in_lockstep
+from .run_store import exchange, lost_ranks, steps_together
 
 _START_PATIENCE = timedelta(seconds=60)
 _DEFAULT_STEP_TIMEOUT = timedelta(seconds=300)
@@ -48,7 +48,7 @@ class EvenBatches(Callback):
         own = trainer.fit_loop.epoch_loop.batch_idx + 1
         counts = exchange(trainer, str(own), patience)
         others = {rank: count for rank, count in counts.items() if count != str(own)}
-        missing = sorted(set(range(trainer.world_size)) - counts.keys())
+        missing = sorted(set(range(trainer.world_size)) - counts.keys() - lost_ranks(trainer.strategy))
         if others or missing:
             what = ", ".join([*(f"{count} on rank {rank}" for rank, count in others.items()), *map(_later, missing)])
             raise UserError(
@@ -62,4 +62,4 @@ def _later(rank: int) -> str:
 
 
 def _applies(trainer: Any) -> bool:
-    return trainer.world_size > 1 and in_lockstep(trainer.strategy) and not trainer.should_stop
+    return trainer.world_size > 1 and steps_together(trainer.strategy) and not trainer.should_stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,8 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 
 _READING = timedelta(seconds=5)
+_PAUSE_S = 0.02
+"""How often to look for ranks that may be lost instead of coming."""
 _num_exchanges = itertools.count()
 """All ranks take part in the same ones, so the counts agree."""
 
@@ -23,7 +26,7 @@ def run_store(strategy: Any) -> dist.Store:
 
 
 def exchange(trainer: pl.Trainer, text: str, patience: timedelta) -> dict[int, str]:
-    """What every training rank says, by rank; those that have not come when patience ends are left out.
+    """What every training rank says, by rank; lost ones, and those that have not come when patience ends, are left out.
 
     Called on all ranks in the same order, blocks. No collective takes part, so it may be called where ranks are not
     sure to be in step.
@@ -31,10 +34,8 @@ def exchange(trainer: pl.Trainer, text: str, patience: timedelta) -> dict[int, s
     store = dist.PrefixStore(f"exchange/{next(_num_exchanges)}", run_store(trainer.strategy))
     keys = {rank: str(rank) for rank in range(trainer.world_size)}
     store.set(keys[trainer.global_rank], text)
-    try:
-        store.wait(list(keys.values()), patience)
-    except (dist.DistError, RuntimeError):
-        keys = {rank: key for rank, key in keys.items() if store.check([key])}
+    _await(trainer.strategy, store, keys, patience)
+    keys = {rank: key for rank, key in keys.items() if store.check([key])}
     said = {rank: store.get(key).decode() for rank, key in keys.items()}
     if trainer.global_rank > 0:
         store.set(f"read by {trainer.global_rank}", "")
@@ -44,6 +45,30 @@ def exchange(trainer: pl.Trainer, text: str, patience: timedelta) -> dict[int, s
     return said
 
 
+def _await(strategy: Any, store: dist.Store, keys: dict[int, str], patience: timedelta) -> None:
+    """Block until all keys of ranks that are not lost are there, or patience has ended."""
+    if not getattr(strategy, "workers_may_be_lost", False):
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            store.wait(list(keys.values()), patience)
+        return
+    deadline = time.monotonic() + patience.total_seconds()
+    while time.monotonic() < deadline:
+        lost = lost_ranks(strategy)
+        if store.check([key for rank, key in keys.items() if rank not in lost]):
+            return
+        time.sleep(_PAUSE_S)
+
+
+def lost_ranks(strategy: Any) -> set[int]:
+    """Training ranks that the run has gone on without."""
+    return strategy.lost_ranks() if getattr(strategy, "workers_may_be_lost", False) else set()
+
+
 def in_lockstep(strategy: Any) -> bool:
-    """Whether all training ranks take part in every step."""
+    """Whether all training ranks take part in every step, so that it may hold collectives."""
     return getattr(strategy, "in_lockstep", True)
+
+
+def steps_together(strategy: Any) -> bool:
+    """Whether all training ranks that are there take part in every step: whoever ends earlier is waited for."""
+    return getattr(strategy, "steps_together", in_lockstep(strategy))

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from ..comm.optimizers import is_elementwise
 from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient, WorkerGrowth
+from ..comm.server.ledger import Loss
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
 from ..comm.stop import StopAgreement
@@ -37,6 +38,7 @@ from .server_refusals import refuse_optimizers, refuse_settings, warn_of_no_effe
 from .server_tensorboard import announce
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
+from .worker_loss import Heartbeat, LostWorkers
 
 _BYE_LINGER_MS = 60_000
 """How long a worker that leaves may take to hand over the weights. It ends as soon as they are sent."""
@@ -77,6 +79,9 @@ class ParameterServerStrategy(ServedWorldStrategy):
         host: The IPv4 address on which the server listens with ``transport: tcp``; off loopback it needs ``keys``.
         keys: A folder of ``gradsync keygen``, for ``transport: tcp``: who does not have them is refused, and what
             travels is encrypted.
+        on_worker_loss: ``stop``: the run ends when a worker does. ``continue``: it goes on with the others, as long as
+            the first worker is there, which logs and saves. A worker is lost when its process has ended, or has said
+            nothing for 5 s; what it had not pushed is not seen in this epoch.
         kwargs: See :class:`CollectiveStrategy`.
     """
 
@@ -98,6 +103,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
         wire_dtype: str | None = None,
         host: str = LOOPBACK,
         keys: str | Path | None = None,
+        on_worker_loss: str = "stop",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -115,10 +121,15 @@ class ParameterServerStrategy(ServedWorldStrategy):
             wire_dtype=wire_dtype,
             host=host,
             keys=Path(keys) if keys else None,
+            on_worker_loss=on_worker_loss,
         )
         self.options = self._options.shown()
         self.num_servers = servers
-        self.in_lockstep = self._options.is_sync
+        self.steps_together = self._options.is_sync
+        self.in_lockstep = self.steps_together and not self._options.goes_on
+        self.workers_may_be_lost = self._options.goes_on
+        self._lost: LostWorkers | None = None
+        self._heartbeat: Heartbeat | None = None
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._connection: ServerConnection | None = None
@@ -185,16 +196,29 @@ class ParameterServerStrategy(ServedWorldStrategy):
         return None if self._options.bound is None else self._options.bound + 2
 
     def join_workers(self) -> None:
-        """Wait for the other workers. Those that go at different paces have no group: see the control plane."""
+        """Wait for the other workers. Those at different paces, or that may be lost, have no group."""
         if self.in_lockstep:
             self.join_group()
             return
         roll_call(self._store, self.global_rank, self.world_size, self.start_timeout)
         store, timeout_s = dist.PrefixStore("workers", self._store), self.step_timeout.total_seconds()
         stopped = StopAgreement(self._store, None, None).decided
-        control = StoreControlPlane(store, self.global_rank, self.world_size, timeout_s, self._progress, stopped)
+        if self._options.goes_on:
+            self._lost = LostWorkers(self._store, self.world_size)
+            self._heartbeat = Heartbeat(self._store, self.global_rank)
+        control = StoreControlPlane(
+            store, self.global_rank, self.world_size, timeout_s, self._progress, stopped, self.lost_ranks
+        )
         self._metric_sync = MetricSync(control.gather_tensors)
         self.control = control
+
+    def losses(self) -> list[Loss]:
+        """Workers that the run has gone on without."""
+        return self._lost.losses() if self._lost is not None else []
+
+    def lost_ranks(self) -> set[int]:
+        """Theirs: they take part in nothing any more."""
+        return {loss.worker for loss in self.losses()}
 
     def _progress(self) -> bytes:
         return self._store.get(PROGRESS_KEY) if self._store.check([PROGRESS_KEY]) else b""
@@ -268,9 +292,10 @@ class ParameterServerStrategy(ServedWorldStrategy):
                 self.timeline,
                 self._connection.peers,
                 self.world_size if self._shares_memory else None,
-                self.in_lockstep,
+                self.steps_together,
                 self._options.dtype_on_wire,
                 self._shares_parameters,
+                not self._options.goes_on,
             )
             for socket, own in zip(self._connection.sockets, pieces, strict=True)
         ]
@@ -290,7 +315,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
             client, self.optimizers, self.model.named_parameters(), self.num_servers, not self._shares_parameters
         )
         self.optimizers = [RemoteOptimizer(inner, client, n, growth) for n, inner in enumerate(self.optimizers)]
-        if self.in_lockstep:  # Lightning would clip each worker's own gradient; the average is what has to be clipped
+        if self.steps_together:  # Lightning would clip each worker's own gradient, not the average
             self.precision_plugin.clip_gradients = self._clip_on_server  # pyright: ignore[reportAttributeAccessIssue]
 
     @override
@@ -327,8 +352,9 @@ class ParameterServerStrategy(ServedWorldStrategy):
         if self.in_lockstep:
             return 0
         assert self._client is not None
-        versions = [int(data) for data in self.control.all_gather_bytes(str(self._client.version).encode())]
-        return versions.index(max(versions))
+        own = f"{self._client.version} {self.global_rank}".encode()
+        versions = [tuple(map(int, data.split())) for data in self.control.all_gather_bytes(own)]
+        return max(versions, key=lambda version: version[0])[1]
 
     def _fetch(self) -> None:
         assert self._client is not None
@@ -414,7 +440,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
             self._part_mib,
             self._shares_memory,
             self._log_every,
-            launcher.first_exit_code,
+            launcher,
             self._connection.peers,
         )
 
@@ -472,8 +498,10 @@ class ParameterServerStrategy(ServedWorldStrategy):
         self._close(_BYE_LINGER_MS)
 
     def _close(self, linger_ms: int) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         if self._client is not None:
             self._client.release()
         if self._connection is not None:
             self._connection.close(linger_ms)
-        self._connection = self._client = None
+        self._connection = self._client = self._heartbeat = None

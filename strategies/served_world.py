@@ -16,6 +16,7 @@ class ServedWorldStrategy(CollectiveStrategy, ABC):
     """The first ``num_servers`` of all processes serve. Lightning's world is the others: ranks count from the first."""
 
     num_servers = 1
+    workers_may_be_lost = False
 
     @property
     def process_rank(self) -> int:
@@ -53,7 +54,8 @@ class ServedWorldStrategy(CollectiveStrategy, ABC):
                 f"{self.num_servers + 1} or more, got {self.num_processes}"
             )
         super().set_world_ranks()
-        introduce(f"server {self.process_rank}" if self.is_server else f"worker {self.global_rank}")
+        name = f"server {self.process_rank}" if self.is_server else f"worker {self.global_rank}"
+        introduce(name, may_be_lost=self.workers_may_be_lost and not self.is_server and self.global_rank > 0)
 
     def servers_to_tell_of(self) -> list[int]:
         """The first worker tells whose end nobody else would: server 0 names its children, torchrun only ranks."""

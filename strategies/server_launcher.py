@@ -42,6 +42,8 @@ class ServerLauncher(_SubprocessScriptLauncher):
     def __init__(self, strategy: ParameterServerStrategy, *args: Any) -> None:
         super().__init__(*args)
         self._strategy = strategy
+        self.given_up: list[subprocess.Popen[bytes]] = []
+        """Processes that the run has gone on without."""
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -79,10 +81,19 @@ class ServerLauncher(_SubprocessScriptLauncher):
 
         Its status stays there for the supervisor, who may come later and names the failed process by it.
         """
-        for index, process in enumerate(self.procs):
-            if code := _exit_code(process):
-                return index + 1, code
-        return None
+        return next(iter(self.exit_codes().items()), None)
+
+    def give_up(self, process_rank: int) -> None:
+        """End this child, which may be stopped: the run goes on without it."""
+        if process_rank <= len(self.procs):
+            process = self.procs[process_rank - 1]
+            self.given_up.append(process)
+            process.kill()
+
+    def exit_codes(self) -> dict[int, int]:
+        """By process rank, of all children that have ended with an error."""
+        codes = {index + 1: _exit_code(process) for index, process in enumerate(self.procs)}
+        return {rank: code for rank, code in codes.items() if code}
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:

@@ -17,6 +17,7 @@ _TRANSPORTS = ("auto", "shared_memory", "ipc", "tcp", "collective", "naive")
 _OF_ALL_WORKERS = ("collective", "naive")
 """Transports in which all processes take part in every step."""
 _MODES = ("sync", "async", "bounded")
+_ON_WORKER_LOSS = ("stop", "continue")
 _FLAG = "--trainer.strategy."
 _DEFAULT_STALENESS = 4
 LOOPBACK = "127.0.0.1"
@@ -43,6 +44,7 @@ class ServerOptions:
     wire_dtype: str | None = None
     host: str = LOOPBACK
     keys: Path | None = None
+    on_worker_loss: str = "stop"
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -51,9 +53,14 @@ class ServerOptions:
         self._check_security()
         if self.share_parameters:
             self._check_sharing()
+        if self.goes_on:
+            self._check_going_on()
 
     def _check_values(self) -> None:
-        names = (("transport", _TRANSPORTS), ("mode", _MODES), ("wire_dtype", (None, *WIRE_DTYPES)))
+        names = (
+            *(("transport", _TRANSPORTS), ("mode", _MODES), ("wire_dtype", (None, *WIRE_DTYPES))),
+            ("on_worker_loss", _ON_WORKER_LOSS),
+        )
         for name, known in names:
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"{_FLAG}{name} must be one of {', '.join(filter(None, known))}, got {value!r}")
@@ -109,6 +116,23 @@ class ServerOptions:
         if self.wire_dtype is not None:
             raise UserError(f"{flag} needs parameters as they are: leave out {_FLAG}wire_dtype {self.wire_dtype}")
 
+    def _check_going_on(self) -> None:
+        chosen = f"{_FLAG}on_worker_loss continue"
+        if self.transport in _OF_ALL_WORKERS:
+            raise UserError(
+                f"{chosen} needs {_FLAG}transport shared_memory, ipc or tcp: with {self.transport} every worker takes "
+                "part in every step"
+            )
+        if self.share_parameters:
+            raise UserError(f"{chosen} needs workers with parameters of their own: leave out {_FLAG}share_parameters")
+        if self.replay_schedule is not None:
+            raise UserError(f"{chosen} cannot keep to an order of workers: leave out {_FLAG}replay_schedule")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a run survives the loss of a worker."""
+        return self.on_worker_loss == "continue"
+
     @property
     def is_sync(self) -> bool:
         """Whether all workers take part in every step."""
@@ -136,6 +160,8 @@ class ServerOptions:
             options["host"] = self.host
         if self.keys is not None:
             options["keys"] = str(self.keys)
+        if self.goes_on:
+            options["on_worker_loss"] = self.on_worker_loss
         if not self.is_sync:
             options |= {"staleness": self.bound, "staleness_correction": self.staleness_correction}
         return options

@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..comm.server import AsyncServer, ParameterServer, ServerStatistics, SyncServer, WorkerFailed
+from ..comm.server.ledger import LossWatch
 from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut
 from ..comm.tracer import Tracer
+from .server_launcher import ServerLauncher
 from .server_options import ServerOptions
 from .server_view import ServerView
+from .worker_loss import LossFinder, LostWorkers
 
 PROGRESS_KEY = "steps"
 _PROGRESS_S = 1.0
@@ -40,7 +43,7 @@ class Serving:
         part_mib: Size of a part.
         shared: Whether tensors go through shared memory.
         log_every: Steps between two lines on the console and two points in TensorBoard; 0 for none.
-        first_exit: (process rank, exit code) of a process of the run that has failed.
+        launcher: Has started the other processes, unless torchrun has.
         peers: Move gradients and parameters instead of the socket, if given.
     """
 
@@ -55,7 +58,7 @@ class Serving:
         part_mib: float,
         shared: bool,
         log_every: int,
-        first_exit: Callable[[], tuple[int, int] | None],
+        launcher: ServerLauncher,
         peers: Peers | None,
     ) -> None:
         self._options = options
@@ -68,7 +71,7 @@ class Serving:
         self._shared = shared
         self._view = ServerView(store, number if options.servers > 1 else None, log_every, num_workers, options.is_sync)
         self._server: ParameterServer | None = None
-        self._first_exit = first_exit
+        self._launcher = launcher
         self._peers = peers
         self.tracer = Tracer()
         """Told what is done when."""
@@ -117,7 +120,7 @@ class Serving:
     ) -> ParameterServer:
         common = (
             *(self._socket, optimizers, named, self._num_workers, self._timeout.total_seconds(), self._part_mib),
-            *(self.watch, self._report, self._shared, self._options.dtype_on_wire, by_name),
+            *(self.watch, self._report, self._shared, self._options.dtype_on_wire, by_name, self._losses()),
         )
         if not self._options.is_sync:
             return AsyncServer(
@@ -133,6 +136,20 @@ class Serving:
             for served in server.served:
                 served.sum_over_servers = add
         return server
+
+    def _losses(self) -> LossWatch | None:
+        """Who finds lost workers, if the run goes on without them."""
+        if not self._options.goes_on:
+            return None
+        if self._number > 0:
+            return LostWorkers(self._store, self._num_workers)
+        first = self._options.servers
+        return LossFinder(
+            self._store,
+            self._num_workers,
+            lambda: {rank - first: code for rank, code in self._launcher.exit_codes().items() if rank >= first},
+            lambda worker: self._launcher.give_up(worker + first),
+        )
 
     def _make_sum(self) -> Callable[[float], float]:
         """Adds up a number over all servers, which are all in the same step. Blocks until they are here."""
@@ -152,8 +169,9 @@ class Serving:
 
     def watch(self) -> None:
         """While nothing comes. Raise WorkerFailed if a process that this one started has ended with an error."""
-        if (ended := self._first_exit()) is not None:
-            rank, code = ended
+        for rank, code in self._launcher.exit_codes().items():
+            if rank >= self._options.servers and self._options.goes_on and self._server is not None:
+                continue  # the server itself looks for those
             who = f"worker {rank - self._options.servers}" if rank >= self._options.servers else f"server {rank}"
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             raise WorkerFailed(f"{who} {how}")

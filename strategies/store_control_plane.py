@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, final
 
 import torch
@@ -19,6 +19,9 @@ from .control_plane import ControlPlane
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 """Torch's store refuses values above 8 MiB."""
+
+_LOST = b"lost"
+"""In the place of a rank's data: it did not come."""
 
 _LONGEST_PAUSE_S = 0.05
 """How often a rank that waits looks whether the others get on."""
@@ -50,6 +53,7 @@ class StoreControlPlane(ControlPlane):
         world_size: How many ranks take part.
         timeout_s: How long a rank waits for others while ``progress`` stands still.
         progress: What changes as long as the others train.
+        lost: Ranks that do not take part any more.
         stopped: The signal for which ranks stop, each after its own step; None as long as there is none.
 
     Raises:
@@ -65,6 +69,7 @@ class StoreControlPlane(ControlPlane):
         timeout_s: float,
         progress: Callable[[], Any],
         stopped: Callable[[], int | None],
+        lost: Callable[[], Container[int]] = tuple,
     ) -> None:
         self._store = store
         self._rank = rank
@@ -72,6 +77,9 @@ class StoreControlPlane(ControlPlane):
         self._timeout_s = timeout_s
         self._progress = progress
         self._stopped = stopped
+        self._lost = lost
+        self._gone: set[int] = set()
+        """Lost ranks that all the others know did not come to a gathering."""
         self._numbers = itertools.count()
         self._mine: list[list[str]] = []
 
@@ -79,6 +87,11 @@ class StoreControlPlane(ControlPlane):
 
     @override
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Without those of lost ranks."""
+        return list(self._gather_bytes(data).values())
+
+    def _gather_bytes(self, data: bytes) -> dict[int, bytes]:
+        """By rank."""
         number = next(self._numbers)
         self._forget()
         chunks = [data[start : start + _CHUNK_BYTES] for start in range(0, len(data), _CHUNK_BYTES)]
@@ -86,9 +99,14 @@ class StoreControlPlane(ControlPlane):
         for key, chunk in zip(keys, chunks, strict=True):
             self._store.set(key, chunk)  # pyright: ignore[reportArgumentType] (torch's stubs know str only)
         head = f"gathering {number} {self._rank}"
-        self._store.set(head, str(len(chunks)))  # last: who sees it finds the chunks
+        if self._store.compare_set(head, "", str(len(chunks))) == _LOST:  # last: who sees it finds the chunks
+            raise UserError(f"the others have gone on without rank {self._rank}, which they took for lost")
         self._mine.append([head, *keys])
-        return [data if rank == self._rank else self._read(number, rank) for rank in range(self._world_size)]
+        read = {r: data if r == self._rank else self._read(number, r) for r in self._expected()}
+        return {rank: value for rank, value in read.items() if value is not None}
+
+    def _expected(self) -> list[int]:
+        return [rank for rank in range(self._world_size) if rank not in self._gone]
 
     def _forget(self) -> None:
         """Everybody has read what this rank left two gatherings ago: they have all come to the one after it."""
@@ -96,10 +114,14 @@ class StoreControlPlane(ControlPlane):
             for key in self._mine.pop(0):
                 self._store.delete_key(key)
 
-    def _read(self, number: int, rank: int) -> bytes:
+    def _read(self, number: int, rank: int) -> bytes | None:
+        """What ``rank`` has left; None if it was lost before."""
         head = f"gathering {number} {rank}"
         self._wait_for(head, rank)
-        num_chunks = int(self._store.get(head))
+        if (found := self._store.get(head)) == _LOST:
+            self._gone.add(rank)
+            return None
+        num_chunks = int(found)
         return b"".join(self._store.get(f"{head} {index}") for index in range(num_chunks))
 
     def _wait_for(self, key: str, rank: int) -> None:
@@ -107,6 +129,9 @@ class StoreControlPlane(ControlPlane):
         while not self._store.check([key]):
             if (signum := self._stopped()) is not None:  # who has stopped does not come any more
                 raise StoppedBySignal(signum, None)
+            if rank in self._lost():
+                self._store.compare_set(key, "", _LOST.decode())  # one word for all: it has come, or it has not
+                return
             if (now := self._progress()) != progress:
                 progress, deadline = now, time.monotonic() + self._timeout_s
             if time.monotonic() > deadline:
@@ -117,14 +142,14 @@ class StoreControlPlane(ControlPlane):
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _gather(self, tree: Any) -> list[Any]:
+    def _gather(self, tree: Any) -> dict[int, Any]:
         """Every rank's ``tree`` of tensors, numbers, strings and containers of them."""
         description, payload = pack_tree(tree)
         text = json.dumps(description).encode()
-        gathered = []
-        for data in self.all_gather_bytes(len(text).to_bytes(8, "little") + text + payload):
+        gathered = {}
+        for rank, data in self._gather_bytes(len(text).to_bytes(8, "little") + text + payload).items():
             end = 8 + int.from_bytes(data[:8], "little")
-            gathered.append(unpack_tree(json.loads(data[8:end]), bytearray(data[end:])))
+            gathered[rank] = unpack_tree(json.loads(data[8:end]), bytearray(data[end:]))
         return gathered
 
     # -- what Lightning asks for -----------------------------------------------------------------------------
@@ -159,4 +184,4 @@ class StoreControlPlane(ControlPlane):
 
     def gather_tensors(self, tensor: Tensor, group: Any = None) -> list[Tensor]:
         """Every rank's tensor, whatever their shapes: torchmetrics' ``dist_sync_fn``."""
-        return [value.to(tensor.device) for value in self._gather(tensor.detach())]
+        return [value.to(tensor.device) for value in self._gather(tensor.detach()).values()]

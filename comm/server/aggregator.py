@@ -23,12 +23,16 @@ from .served import ServedOptimizer
 class Aggregator(ServedOptimizer):
     """A step begins when the first worker announces it and ends when every bucket was stepped.
 
-    Gradients are multiplied by ``1 / num_workers`` (also where a worker has none, as under DDP) and summed in worker
-    order whatever the order of arrival, so equal runs give equal bits.
+    Gradients are multiplied by one over the number of workers (also where a worker has none, as under DDP) and summed
+    in worker order whatever the order of arrival, so equal runs give equal bits.
 
     Args:
-        are_scaled: Workers have divided their gradients already, but for those that they had to round.
+        are_scaled: Workers have divided their gradients already, but for those that they had to round. Then none of
+            them may be lost, and sums are made in their shared memory.
         See :class:`.ServedOptimizer` for the others.
+
+    Attributes:
+        workers: Those that take part.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Aggregator(ServedOptimizer):
     ) -> None:
         super().__init__(optimizer, parameters, num_workers, part_mib, allocate, wire_dtype)
         self._are_scaled = are_scaled
+        self.workers = set(range(num_workers))
         self.reset()
 
     def reset(self) -> None:
@@ -86,7 +91,7 @@ class Aggregator(ServedOptimizer):
         Args:
             bucket_index: The only bucket that got something since the last call, None if any may have.
         """
-        if len(self._used) < self._num_workers:
+        if len(self._used) < len(self.workers):
             return
         for index in list(self._open) if bucket_index is None else [bucket_index]:
             bucket = self.layout.buckets[index]
@@ -106,12 +111,19 @@ class Aggregator(ServedOptimizer):
 
     def missing_workers(self) -> set[int]:
         """Workers for which the step under way still waits."""
-        missing = set(range(self._num_workers)) - self.announced
+        missing = self.workers - self.announced
         for index in self._open if not missing else ():
             bucket = self.layout.buckets[index]
             for part in range(len(self.layout.parts(bucket))):
                 missing |= set(self._pushers(bucket)) - self._frames.get((index, part), {}).keys()
         return missing
+
+    def lose(self, worker: int) -> None:
+        """Go on without ``worker``: the average of a part is over those that are there when it is made."""
+        self.workers.discard(worker)
+        self._used.pop(worker, None)
+        for frames in self._frames.values():
+            frames.pop(worker, None)
 
     # -- numerics --------------------------------------------------------------------------------------------
 
@@ -119,7 +131,7 @@ class Aggregator(ServedOptimizer):
         return steps_per_tensor(self.optimizer) and self._info["clip"]["algorithm"] != "norm"
 
     def _pushers(self, bucket: Bucket) -> list[int]:
-        return [w for w in range(self._num_workers) if any(self._used[w][bucket.index()])]
+        return [w for w in sorted(self.workers) if any(self._used[w][bucket.index()])]
 
     def _any_used(self, bucket: Bucket) -> bool:
         return bool(self._pushers(bucket))
@@ -127,7 +139,7 @@ class Aggregator(ServedOptimizer):
     def _sum_of(self, bucket: Bucket) -> Bucket:
         """Where the sum of ``bucket`` is made: in shared memory, where the first worker has pushed it unrounded."""
         pushers = self._pushers(bucket)
-        in_place = self._shared and pushers and not self.layout.is_narrowed(bucket)
+        in_place = self._shared and self._are_scaled and pushers and not self.layout.is_narrowed(bucket)
         return self._shared[pushers[0]][bucket.index()] if in_place else bucket
 
     @torch.no_grad()
@@ -151,7 +163,7 @@ class Aggregator(ServedOptimizer):
         self.reduce_ms += (time.perf_counter_ns() - start_ns) / 1e6
 
     def _scale(self, bucket: Bucket) -> float:
-        return 1.0 if self._are_scaled and not self.layout.is_narrowed(bucket) else 1.0 / self._num_workers
+        return 1.0 if self._are_scaled and not self.layout.is_narrowed(bucket) else 1.0 / len(self.workers)
 
     @staticmethod
     def _sum(terms: list[Tensor], out: Tensor, scale: float) -> None:

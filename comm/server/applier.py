@@ -63,6 +63,10 @@ class Applier(ServedOptimizer):
         """Whether a push of the worker is announced and not applied."""
         return worker in self._pushes
 
+    def forget(self, worker: int) -> None:
+        """Drop what the worker has pushed and is not applied."""
+        self._pushes.pop(worker, None)
+
     def is_complete(self, worker: int) -> bool:
         """Whether all parts of the worker's announced push are here."""
         return not self._pushes[worker].missing

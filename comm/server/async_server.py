@@ -56,7 +56,7 @@ class AsyncServer(ParameterServer):
         self._schedule = deque(schedule)
         self._on_apply = on_apply
         workers = range(self._num_workers)
-        self.clocks = dict.fromkeys(workers, 0)
+        self.clocks = self.ledger.applied
         self._versions = {worker: [0] * len(self.served) for worker in workers}
         """Of the parameters that a worker has, per optimizer."""
         self._began_ns = dict.fromkeys(workers, 0)
@@ -132,7 +132,7 @@ class AsyncServer(ParameterServer):
         staleness = applier.version - self._versions[worker][number]
         receive_ms = (time.perf_counter_ns() - self._began_ns[worker]) / 1e6
         applier.apply(worker, 1.0 / (1 + staleness) if self._corrects_staleness else 1.0)
-        self.clocks[worker] += 1
+        self.ledger.apply(worker)
         self._on_apply(worker)
         self.statistics.applied(worker, staleness)
         times = {"reduce_ms": applier.reduce_ms, "optimizer_ms": applier.optimizer_ms}
@@ -142,8 +142,7 @@ class AsyncServer(ParameterServer):
 
     def _release(self) -> None:
         """Answer everybody who may go on."""
-        live = [clock for worker, clock in self.clocks.items() if worker not in self._left]
-        slowest = min(live, default=0)
+        slowest = min((self.clocks[worker] for worker in self._present()), default=0)
         for worker, (number, times) in list(self._parked.items()):
             if self._staleness is None or self.clocks[worker] - slowest <= self._staleness:
                 del self._parked[worker]
@@ -167,8 +166,16 @@ class AsyncServer(ParameterServer):
 
     @override
     def _late_workers(self) -> set[int]:
-        live = {worker: clock for worker, clock in self.clocks.items() if worker not in self._left}
-        return {worker for worker, clock in live.items() if clock == min(live.values())}
+        present = {worker: self.clocks[worker] for worker in self._present()}
+        return {worker for worker, clock in present.items() if clock == min(present.values())}
+
+    @override
+    def _go_on_without(self, worker: int) -> None:
+        self._ready.pop(worker, None)
+        self._parked.pop(worker, None)
+        for served in self.served:
+            served.forget(worker)
+        self._release()
 
     @override
     def _bye(self, worker: int, message: Message) -> None:

@@ -45,6 +45,8 @@ class WorkerClient:
         in_lockstep: Whether all workers take part in every step (sync mode).
         wire_dtype: In which gradients and parameters travel, as the server's; see :class:`.Layout`. Parameters are
             rounded to it, from :meth:`start` on.
+        divides: Whether gradients in shared memory are divided by the number of workers here, in sync mode; else the
+            server does it, which knows how many are left.
         in_place: Parameters live in the server's memory until :meth:`release`; in sync mode with shared memory only.
 
     Raises:
@@ -64,6 +66,7 @@ class WorkerClient:
         in_lockstep: bool = True,
         wire_dtype: torch.dtype | None = None,
         in_place: bool = False,
+        divides: bool = True,
     ) -> None:
         self._socket = socket
         self._named = named_parameters
@@ -82,7 +85,7 @@ class WorkerClient:
         """Per optimizer, where new parameters are read in shared memory: the server's own, or this worker's inbox."""
         self._is_in_place = in_place
         self._in_place: list[InPlace] = []
-        self._scale = 1.0 / sharing_workers if sharing_workers and in_lockstep else 1.0
+        self._scale = 1.0 / sharing_workers if sharing_workers and in_lockstep and divides else 1.0
         self._num_steps = 0
         self.version = 0
         """Steps of all workers that these parameters have seen; counted in async and bounded mode."""

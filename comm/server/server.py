@@ -5,6 +5,7 @@ Here is what all modes share; :mod:`.sync_server` and :mod:`.async_server` say w
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,8 @@ from ..packing import MalformedTree, pack_tree, tensor_bytes, tensor_from, unpac
 from ..tracer import Tracer
 from .checks import check_fields, check_settings
 from .growth import Growths
+from .ledger import Ledger, LossWatch
+from .links import RouterLink
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 from .served import ServedOptimizer
 from .shared_buckets import SharedBuffers, attach
@@ -27,6 +30,8 @@ from .statistics import ServerStatistics
 from .wire import check_parameters
 
 _POLL_MS = 200
+_LOOK_S = 0.25
+"""How often to look whether a worker is lost, whatever else there is to do."""
 
 
 class WorkerFailed(Exception):
@@ -48,6 +53,7 @@ class ParameterServer(ABC):
         shared: Tensors go through memory shared with the workers, which are on this host.
         wire_dtype: In which gradients and parameters travel, as the workers'; see :class:`.Layout`.
         by_name: Parameters of the module that may join an optimizer in mid-run.
+        losses: Finds lost workers, without which the run goes on; None: whoever is lost ends the run.
 
     Raises:
         SharedMemoryError: there is too little memory for that.
@@ -66,8 +72,12 @@ class ParameterServer(ABC):
         shared: bool = False,
         wire_dtype: torch.dtype | None = None,
         by_name: Mapping[str, Tensor] | None = None,
+        losses: LossWatch | None = None,
     ) -> None:
         self._socket = socket
+        self._losses = losses
+        self._next_look_s = 0.0
+        self.ledger = Ledger(num_workers)
         self._wire_dtype = wire_dtype
         self._tables = [table_of(named, wire_dtype) for named in named_parameters]
         self._names = {p: name for named in named_parameters for name, p in named}
@@ -129,6 +139,10 @@ class ParameterServer(ABC):
     def _late_workers(self) -> set[int]:
         """For whom the others wait since ``_waiting_since``."""
 
+    @abstractmethod
+    def _go_on_without(self, worker: int) -> None:
+        """Forget what a lost worker has pushed and is not in the parameters yet; nobody waits for it any more."""
+
     def serve(self) -> tuple[Any, Any]:
         """Block until every worker has said bye; return worker 0's farewell: ``(info, unpacked tree)``.
 
@@ -136,12 +150,13 @@ class ParameterServer(ABC):
             WorkerFailed: naming the worker; the others have been told and their sockets may be closed.
         """
         try:
-            while len(self._left) < self._num_workers:
+            while self._present():
                 if self._socket.poll(_POLL_MS):
                     self._receive()
                 else:
                     self._watch()
                     self._check_patience()
+                self._look_for_losses()
         except Exception as error:
             self._tell_all(Message(Kind.FAIL, info={"error": str(error) or repr(error)}))
             raise
@@ -154,6 +169,9 @@ class ParameterServer(ABC):
         if frames[0].bytes not in self._ids:
             raise ProtocolError(f"worker {frames[0].bytes!r} is not one of the {self._num_workers} expected")
         worker = self._ids[frames[0].bytes]
+        if worker in self.ledger.losses:
+            self.ledger.refused += 1
+            return
         self.statistics.seen_ns[worker] = time.perf_counter_ns()
         message = Message.parse([frame.buffer for frame in frames[1:]])
         if message.kind not in _HANDLERS:
@@ -183,22 +201,24 @@ class ParameterServer(ABC):
             raise ProtocolError(f"worker {worker} sends {kind.name} {when} the workers were welcomed")
 
     def _send(self, worker: int, message: Message) -> None:
-        self._socket.send_multipart([str(worker).encode(), *message.frames()], copy=False)
+        with contextlib.suppress(zmq.ZMQError):  # it is gone, and whoever watches says so
+            self._socket.send_multipart([str(worker).encode(), *message.frames()], copy=False)
         if message.kind == Kind.DONE:
             self.tracer.answered(worker)
 
     def _tell_all(self, message: Message) -> None:
-        for worker in self._greeted - self._left.keys():
-            try:
-                self._send(worker, message)
-            except zmq.ZMQError:
-                continue  # it is gone, which may be the very reason
+        for worker in self._greeted & self._present():
+            self._send(worker, message)
+
+    def _present(self) -> set[int]:
+        """Workers that are neither lost nor have left."""
+        return self.ledger.live - self._left.keys()
 
     def waited_for(self) -> tuple[set[int], float]:
         """For whom the others wait, and how many seconds since one of them came; nobody, 0 if nobody waits."""
         if self._waiting_since is None:
             return set(), 0.0
-        missing = set(range(self._num_workers)) - self._greeted
+        missing = self.ledger.live - self._greeted
         return missing or self._late_workers(), time.monotonic() - self._waiting_since
 
     def _check_patience(self) -> None:
@@ -212,6 +232,33 @@ class ParameterServer(ABC):
             f"worker(s) {', '.join(map(str, sorted(missing)))} {what} within {self._timeout_s:g} s; "
             "--trainer.strategy.step_timeout_s raises the limit"
         )
+
+    # -- workers that are lost -------------------------------------------------------------------------------
+
+    def _look_for_losses(self) -> None:
+        if self._losses is None or time.monotonic() < self._next_look_s:
+            return
+        self._next_look_s = time.monotonic() + _LOOK_S
+        for worker, reason in self._losses.find().items():
+            if worker in self._present():
+                self.lose(worker, reason)
+
+    def lose(self, worker: int, reason: str) -> None:
+        """Go on without ``worker``, whatever it sends from now on.
+
+        Raises:
+            WorkerFailed: it is needed, or the run has not begun, or does not go on without anybody.
+        """
+        if self._losses is None or worker == 0 or not self._has_begun:
+            raise WorkerFailed(f"worker {worker} {reason}")
+        error = f"the others have gone on without worker {worker}, which {reason}"
+        self._send(worker, Message(Kind.FAIL, info={"error": error}))
+        if isinstance(self._socket, RouterLink):
+            self._socket.forget(worker)
+        self.statistics.left.add(worker)
+        loss = self.ledger.lose(worker, reason)
+        self._go_on_without(worker)
+        self._losses.tell(loss)
 
     # -- phase: hello and init -------------------------------------------------------------------------------
 
@@ -387,8 +434,7 @@ class ParameterServer(ABC):
         self.statistics.left.add(worker)
 
     def _fail(self, worker: int, message: Message) -> None:
-        self._left[worker] = None
-        raise WorkerFailed(f"worker {worker} failed: {message.info['error']}")
+        self.lose(worker, f"failed: {message.info['error']}")
 
     def release(self) -> None:
         """Give every parameter memory of its own again, for whoever uses the model after the run."""

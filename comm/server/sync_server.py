@@ -45,8 +45,8 @@ class SyncServer(ParameterServer):
         part_mib: float,
         allocate: Callable[[list[BufferSpec]], list[Tensor]] | None,
     ) -> Aggregator:
-        workers, wire_dtype, are_scaled = self._num_workers, self._wire_dtype, allocate is not None
-        return Aggregator(optimizer, parameters, workers, part_mib, allocate, wire_dtype, are_scaled)
+        are_scaled = allocate is not None and self._losses is None  # only the server knows how many are left
+        return Aggregator(optimizer, parameters, self._num_workers, part_mib, allocate, self._wire_dtype, are_scaled)
 
     @override
     def _late_workers(self) -> set[int]:
@@ -78,7 +78,7 @@ class SyncServer(ParameterServer):
         self._waiting_since = time.monotonic()
         now = time.perf_counter_ns()
         self._pushed_at[worker] = (now, now)
-        if len(aggregator.announced) < self._num_workers:
+        if len(aggregator.announced) < len(self.ledger.live):
             return
         if self._peers is None:
             self._advance(message.optimizer, None)
@@ -112,9 +112,16 @@ class SyncServer(ParameterServer):
         aggregator = self.served[number]
         for bucket, changed in aggregator.advance(bucket_index):
             if changed:
-                self._send_values(number, bucket, range(self._num_workers))
+                self._send_values(number, bucket, sorted(aggregator.workers))
         if aggregator.finished:
             self._finish_step(number)
+
+    @override
+    def _go_on_without(self, worker: int) -> None:
+        for number, aggregator in enumerate(self.served):
+            aggregator.lose(worker)
+            if aggregator.announced:
+                self._advance(number, None)
 
     @override
     def _reply(self, worker: int, number: int, bucket_index: int, start: int, values: Tensor) -> Any:
@@ -123,12 +130,14 @@ class SyncServer(ParameterServer):
 
     def _finish_step(self, number: int) -> None:
         aggregator = self.served[number]
-        receive_ms = {w: (last - first) / 1e6 for w, (first, last) in self._pushed_at.items()}
+        pushed_at = {worker: self._pushed_at[worker] for worker in sorted(aggregator.workers)}
+        receive_ms = {worker: (last - first) / 1e6 for worker, (first, last) in pushed_at.items()}
         times = {"reduce_ms": aggregator.reduce_ms, "optimizer_ms": aggregator.optimizer_ms}
-        for worker in range(self._num_workers):
+        for worker, (first, _) in pushed_at.items():
             self._send(worker, Message(Kind.DONE, number, info={"receive_ms": receive_ms[worker], **times}))
+            self.ledger.apply(worker)
             self.statistics.applied(worker)
-            self.statistics.answered(worker, self._pushed_at[worker][0])
+            self.statistics.answered(worker, first)
         aggregator.reset()
         self._waiting_since = None
         self._count_step({"receive_ms": max(receive_ms.values()), **times})

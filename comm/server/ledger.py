@@ -1,0 +1,66 @@
+"""Who takes part in a run, what of each worker was applied, and who was lost.
+
+At the end of a fit, on every server and for every optimizer: the steps taken are the pushes applied (in sync mode, a
+push of every worker that was there makes one step). A worker that lives has got an answer to each of its pushes that
+was applied; of a lost one at most the last push may have been applied without an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, final
+
+
+@final
+@dataclass(frozen=True)
+class Loss:
+    """A worker without which the run went on."""
+
+    worker: int
+    reason: str
+    """As in ``worker 2 was killed by SIGKILL``, without the first two words."""
+    pushes: int
+    """Of it that were applied before."""
+
+
+class LossWatch(Protocol):
+    """How a server learns of lost workers, and tells the others of the run."""
+
+    def find(self) -> Mapping[int, str]:
+        """All that are lost by now, with the reasons; called a few times per second, on the server's thread."""
+        ...
+
+    def tell(self, loss: Loss) -> None:
+        """The server goes on without this one."""
+        ...
+
+
+@final
+class Ledger:
+    """Of one server. A push is one worker's gradients for one step of one optimizer.
+
+    Attributes:
+        applied: Pushes that are in the parameters, by worker.
+        losses: By worker.
+        refused: Messages of lost workers that came too late.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.applied = dict.fromkeys(range(num_workers), 0)
+        self.losses: dict[int, Loss] = {}
+        self.refused = 0
+
+    @property
+    def live(self) -> set[int]:
+        """Workers that are not lost, those included that have left in good order."""
+        return self.applied.keys() - self.losses.keys()
+
+    def apply(self, worker: int) -> None:
+        """A push of ``worker`` is in the parameters."""
+        self.applied[worker] += 1
+
+    def lose(self, worker: int, reason: str) -> Loss:
+        """From now on nothing of ``worker`` is applied."""
+        loss = self.losses[worker] = Loss(worker, reason, self.applied[worker])
+        return loss
