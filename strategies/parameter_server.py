@@ -458,6 +458,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
             assert self.lightning_module is not None
             state = self.lightning_module.state_dict() if trainer.state.fn == TrainerFn.FITTING else {}
         assert self._connection is not None
+        self.losses()  # those of the last step, for whoever asks after the run
         self._connection.stop_watching()  # a server that has seen all workers leave ends
         self._client.bye(info, state)
         self._close(_BYE_LINGER_MS)
@@ -498,8 +499,9 @@ class ParameterServerStrategy(ServedWorldStrategy):
         self._close(_BYE_LINGER_MS)
 
     def _close(self, linger_ms: int) -> None:
-        if self._heartbeat is not None:
+        if self._heartbeat is not None and self._lost is not None:
             self._heartbeat.stop()
+            self._lost.close()
         if self._client is not None:
             self._client.release()
         if self._connection is not None:

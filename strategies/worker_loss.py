@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
+import select
 import signal
 import sys
 import threading
@@ -16,11 +18,16 @@ from typing import final
 import torch.distributed as dist
 from typing_extensions import override
 
+from ..comm.hosts import host_identity
 from ..comm.server.ledger import Loss, LossWatch
 
 _BEAT_S = 1.0
 DEAD_S = 5.0
 """A worker that says nothing for so long is lost."""
+_LAST_WORDS_S = 0.3
+"""What a process has sent may be read after its end is seen, and says more than its exit code."""
+_BYE_S = 1.0
+"""The same where there is no exit code: it may have left in good order."""
 
 
 @final
@@ -30,6 +37,7 @@ class Heartbeat:
     def __init__(self, store: dist.Store, rank: int) -> None:
         self._store = store.clone()  # torch's stores serve one caller at a time
         self._key = f"beat {rank}"
+        store.set(_process_key(rank), json.dumps([host_identity(), os.getpid()]))
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -71,6 +79,11 @@ class LostWorkers(LossWatch):
     def tell(self, loss: Loss) -> None:
         """Nobody: the first server has told."""
 
+    @override
+    def close(self) -> None:
+        """What was found so far stays; the store may end."""
+        self._live.clear()
+
 
 @final
 class LossFinder(LossWatch):
@@ -96,14 +109,22 @@ class LossFinder(LossWatch):
         self._give_up = give_up
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._next_s = 0.0
+        self._processes: dict[int, int | None] = {}
+        self._ended_at: dict[int, float] = {}
 
     @override
     def find(self) -> Mapping[int, str]:
-        ended = {worker: _how(code) for worker, code in self._exit_codes().items() if code}
-        return {**self._silent(), **ended}
-
-    def _silent(self) -> dict[int, str]:
         now = time.monotonic()
+        return {**self._silent(now), **self._ended(now)}
+
+    def _ended(self, now: float) -> dict[int, str]:
+        codes = self._exit_codes()
+        ended = codes.keys() | {worker for worker, process in self._processes.items() if _has_ended(process)}
+        since = {worker: self._ended_at.setdefault(worker, now) for worker in ended}
+        patience = {worker: _LAST_WORDS_S if worker in codes else _BYE_S for worker in ended}
+        return {w: _how(codes.get(w)) for w in ended if now - since[w] > patience[w]}
+
+    def _silent(self, now: float) -> dict[int, str]:
         if now >= self._next_s:
             self._next_s = now + _BEAT_S
             for worker in range(self._num_workers):
@@ -113,9 +134,25 @@ class LossFinder(LossWatch):
     def _hear(self, worker: int, now: float) -> None:
         key = f"beat {worker}"
         if self._store.check([key]):
+            if worker not in self._processes:
+                self._processes[worker] = self._open(worker)
             beat = self._store.get(key)
             if beat != self._beats.get(worker, (b"", 0.0))[0]:
                 self._beats[worker] = beat, now
+
+    def _open(self, worker: int) -> int | None:
+        """A descriptor that becomes readable when the worker's process ends, if that is on this host."""
+        host, pid = json.loads(self._store.get(_process_key(worker)))
+        with contextlib.suppress(ProcessLookupError):  # it has ended already, which its silence will tell
+            return os.pidfd_open(pid) if host == host_identity() else None
+        return None
+
+    @override
+    def close(self) -> None:
+        for descriptor in self._processes.values():
+            if descriptor is not None:
+                os.close(descriptor)
+        self._processes.clear()
 
     @override
     def tell(self, loss: Loss) -> None:
@@ -134,5 +171,15 @@ def _key(worker: int) -> str:
     return f"lost {worker}"
 
 
-def _how(code: int) -> str:
+def _process_key(worker: int) -> str:
+    return f"process of {worker}"
+
+
+def _has_ended(process: int | None) -> bool:
+    return process is not None and bool(select.select([process], [], [], 0)[0])
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "ended without a word"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,12 @@ def _wait(pids: dict[int, int], deadline: float) -> dict[int, int | None]:
     return codes
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60, killed: Collection[int] = ()
+) -> list[Any]:
     """Call ``fn(rank, *args)`` on ``world_size`` processes of one gloo world; return the results in rank order.
+
+    Ranks in ``killed`` end by SIGKILL, and have None for a result.
 
     Raises:
         RankFailed: with the output of every rank, as soon as all have ended or the time is over.
@@ -98,10 +102,15 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                 _child(fn, rank, args, _environment(rank, world_size, port), folder)
             pids[rank] = pid
         codes = _wait(pids, time.monotonic() + timeout_s)
-        if any(codes.values()) or None in codes.values():
+        expected = {rank: -signal.SIGKILL if rank in killed else 0 for rank in pids}
+        if codes != expected:
             outputs = "\n".join(f"[rank {r}] {line}" for r in pids for line in _output(folder, r).splitlines())
             raise RankFailed(f"exit codes {dict(sorted(codes.items()))} (None: killed after {timeout_s} s)\n{outputs}")
-        return [pickle.loads((folder / f"result_{rank}").read_bytes()) for rank in range(world_size)]
+        return [None if rank in killed else _result(folder, rank) for rank in range(world_size)]
+
+
+def _result(folder: Path, rank: int) -> Any:
+    return pickle.loads((folder / f"result_{rank}").read_bytes())
 
 
 def _output(folder: Path, rank: int) -> str:

@@ -35,6 +35,10 @@ class LossWatch(Protocol):
         """The server goes on without this one."""
         ...
 
+    def close(self) -> None:
+        """Let go of everything; the fit has ended."""
+        ...
+
 
 @final
 class Ledger:

@@ -160,6 +160,9 @@ class ParameterServer(ABC):
         except Exception as error:
             self._tell_all(Message(Kind.FAIL, info={"error": str(error) or repr(error)}))
             raise
+        finally:
+            if self._losses is not None:
+                self._losses.close()
         return self._left[0]
 
     # -- messages --------------------------------------------------------------------------------------------
