@@ -20,6 +20,7 @@ from .nonfinite_guard import NonfiniteGuard
 from .rank_spread import rank_spread
 from .results_record import SCHEMA_VERSION, average_communication, communication, describe_run, figure, summarize
 from .run_environment import num_servers, run_environment, strategy_flag
+from .samples_seen import lost_workers, samples_seen
 from .step_breakdown import RunningMean, StepBreakdown
 from .training_loss import training_loss
 from .unread_images import unread_images
@@ -67,6 +68,7 @@ class ResultsWriter(Callback):
         self._run = RunningMean()
         self._unread_images: dict[str, Any] = {}
         self._guard: NonfiniteGuard | None = None
+        self._lost_workers: list[dict[str, Any]] = []
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -116,6 +118,7 @@ class ResultsWriter(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero and self._epochs:
+            self._lost_workers = lost_workers(trainer)
             self._write(complete=True)
 
     @override
@@ -187,8 +190,10 @@ class ResultsWriter(Callback):
         mean = self._monitor.epoch_summary()
         ranks = rank_spread(trainer, mean) if mean is not None and trainer.world_size > 1 else {}
         self._unread_images = unread_images(trainer)
+        seen = samples_seen(trainer)
         if not trainer.is_global_zero:
             return
+        self._lost_workers = lost_workers(trainer)
         self._read_losses()
         losses, self._epoch_losses = self._epoch_losses, []
         self._all_losses += losses
@@ -200,6 +205,7 @@ class ResultsWriter(Callback):
                 "val_loss": None,
                 "val_accuracy": None,
                 **self._validation,
+                **seen,
                 **self._step_figures(mean, ranks),
             }
         )
@@ -235,6 +241,7 @@ class ResultsWriter(Callback):
             "comm": None if mean is None else communication(mean),
             **({"bad_samples": self._unread_images} if self._unread_images else {}),
             **({"skipped_steps": self._guard.skipped} if self._guard and self._guard.on_nonfinite == "skip" else {}),
+            **({"lost_workers": self._lost_workers} if self._lost_workers else {}),
             **_gpu_memory(),
             "environment": self._environment,
             "config": self.config,

@@ -52,6 +52,7 @@ def warning_lines(comparison: Comparison) -> list[str]:
         _incomplete,
         _unread_images,
         _skipped_steps,
+        _lost_workers,
         _waiting_for_data,
         noise_lines,
         _unequal_processes,
@@ -100,6 +101,12 @@ def _skipped_steps(comparison: Comparison) -> Iterator[str]:
         if result.num_skipped_steps > 0:
             count = plural(result.num_skipped_steps, "step")
             yield f"{result.filename}: its run left out {count} because gradients were NaN or infinite."
+
+
+def _lost_workers(comparison: Comparison) -> Iterator[str]:
+    for result in comparison.results:
+        if result.lost_workers:
+            yield f"{result.filename}: its run went on without {' and '.join(result.lost_workers)}."
 
 
 def _waiting_for_data(comparison: Comparison) -> Iterator[str]:

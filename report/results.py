@@ -99,6 +99,8 @@ class Result:
     first_bad_sample: str = ""
     num_skipped_steps: int = 0
     """Optimizer steps that were left out because gradients were not finite."""
+    lost_workers: tuple[str, ...] = ()
+    """Those that the run went on without, and what became of them."""
 
     @property
     def server_processes(self) -> int:
@@ -199,7 +201,13 @@ def _result(
         num_bad_samples=fields.record("bad_samples").number("count", minimum=0),
         first_bad_sample=_first_name(fields.mapping("bad_samples").get("first")),
         num_skipped_steps=len(fields.numbers("skipped_steps", "step")),
+        lost_workers=_lost_workers(fields),
     )
+
+
+def _lost_workers(fields: Fields) -> tuple[str, ...]:
+    records = fields.records("lost_workers", "lost worker") if "lost_workers" in fields else []
+    return tuple(f"worker {record.number('worker'):g}, which {printable(record.text('reason'))}" for record in records)
 
 
 def _first_name(names: object) -> str:

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -130,6 +131,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
         self.workers_may_be_lost = self._options.goes_on
         self._lost: LostWorkers | None = None
         self._heartbeat: Heartbeat | None = None
+        self._counted: dict[int, int] = {}
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._connection: ServerConnection | None = None
@@ -338,6 +340,23 @@ class ParameterServerStrategy(ServedWorldStrategy):
         assert isinstance(inner, RemoteOptimizer)
         if clip_val > 0:
             inner.clip_on_server(str(getattr(algorithm, "value", algorithm)), clip_val)
+
+    @override
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._lost is not None:
+            assert self._client is not None
+            self._client.count_samples(extract_batch_size(batch))
+        return super().training_step(batch, *args, **kwargs)
+
+    def samples_since_last_call(self) -> int:
+        """How many all workers have trained on, lost ones included as far as they pushed; blocks, called on all."""
+        assert self._client is not None
+        own = f"{self.global_rank} {self._client.num_samples}".encode()
+        said = (data.decode().partition(" ") for data in self.control.all_gather_bytes(own))
+        counts = {int(rank): int(count) for rank, _, count in said}
+        counts |= {loss.worker: loss.samples for loss in self.losses()}
+        before, self._counted = self._counted, counts
+        return sum(count - before.get(worker, 0) for worker, count in counts.items())
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -148,4 +149,21 @@ def test_a_killed_server_ends_all_under_torchrun(tmp_path: Path) -> None:
     ended = run_command([*torchrun, "-m", "gradsync", *fit], tmp_path)
     assert _seconds_since_the_kill(ended) < _bound_s(), ended.output
     assert ended.code not in (0, None), ended.output
+    assert not ended.orphans
+
+
+def test_a_run_goes_on_without_a_killed_worker(tmp_path: Path) -> None:
+    arguments = tiny_fit("parameter_server", 4, fault="kill", process=3, at_step=1)
+    ended = gradsync(*arguments, "--trainer.strategy.on_worker_loss", "continue", cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    said = [line for line in ended.output.splitlines() if line.startswith("gradsync: ")]
+    loss = "worker 2 was killed by SIGKILL, after 1 steps"
+    assert said == [f"gradsync: warning: {loss}: the run goes on with 2 of 3 workers"]
+    (path,) = tmp_path.glob("runs/**/results_*.json")
+    result = json.loads(path.read_text())
+    assert result["lost_workers"] == [
+        {"worker": 2, "reason": "was killed by SIGKILL", "pushes": 1, "samples": result["batch_size"]}
+    ]
+    epochs = [epoch["samples_seen"] for epoch in result["epochs"]]
+    assert epochs == [2 * 160 + result["batch_size"]]  # each worker has a third of 480 samples
     assert not ended.orphans

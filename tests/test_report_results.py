@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from result_files import make_result, original_only, write_comparison, write_result
 
+from gradsync.report.caveats import warning_lines
 from gradsync.report.comparison import Comparison, group_results
 from gradsync.report.methods import method_of, result_filename, result_stem, split_stem, strategy_of, style_of
 from gradsync.report.results import load_results
@@ -295,3 +296,12 @@ def test_a_broken_failure_file_still_tells_that_the_run_failed(tmp_path: Path) -
     (tmp_path / "failed_ps.json").write_text("{")
     (problem,) = load_results(tmp_path).problems
     assert problem.startswith("ps failed; it has no result. failed_ps.json does not tell why")
+
+
+def test_lost_workers_are_told(tmp_path: Path) -> None:
+    lost = [{"worker": 2, "reason": "was killed by SIGKILL", "pushes": 7, "samples": 56}]
+    write_result(tmp_path, make_result("parameter_server") | {"lost_workers": lost})
+    (result,) = load_results(tmp_path).results
+    assert result.lost_workers == ("worker 2, which was killed by SIGKILL",)
+    (told,) = (line for line in warning_lines(load(tmp_path)) if "went on" in line)
+    assert told.endswith("its run went on without worker 2, which was killed by SIGKILL.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,8 +15,6 @@ from torchmetrics import CatMetric
 from training import Mlp, make_data, make_strategy, make_trainer, quiet
 
 from gradsync.callbacks import EvenBatches
-from gradsync.errors import UserError
-from gradsync.strategies import ParameterServerStrategy
 
 NUM_STEPS = 5
 WORKERS = 3
@@ -67,10 +64,18 @@ def _fit(rank: int, options: dict[str, Any], at_step: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("at_step", range(NUM_STEPS + 1))
+EVERY_STEP = range(NUM_STEPS + 1)
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"transport": "tcp"}, {"mode": "async"}, {"mode": "bounded", "staleness": 1, "transport": "ipc"}],
+    ("options", "at_step"),
+    [
+        *(({}, step) for step in EVERY_STEP),
+        *(({"mode": "async", "transport": "tcp"}, step) for step in EVERY_STEP),
+        ({"mode": "bounded", "staleness": 1, "transport": "ipc"}, 2),
+        ({"servers": 2}, 2),
+        ({"servers": 2, "mode": "async"}, 3),
+    ],
     ids=str,
 )
 def test_a_worker_killed_at_any_step_is_gone_without(options: dict[str, Any], at_step: int) -> None:

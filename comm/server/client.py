@@ -91,6 +91,8 @@ class WorkerClient:
         """Steps of all workers that these parameters have seen; counted in async and bounded mode."""
         self.number = 0
         """Of the server, for traces."""
+        self.num_samples: int | None = None
+        """That went into this worker's gradients since it began, for the server's ledger."""
         self._rank = rank
         self._timeout_s = timeout_s + _GRACE_S
         self._timeline = timeline
@@ -152,6 +154,8 @@ class WorkerClient:
         used = [[p.grad is not None for p in bucket.parameters()] for bucket in layout.buckets]
         self._num_steps += 1
         info = {"used": used, "groups": groups, "clip": clip, "sequence": self._num_steps}
+        if self.num_samples is not None:
+            info["samples"] = self.num_samples
         if self._timeline.tracer.recorder is not None:
             info["recorded"] = True
         self._send(Message(Kind.STEP, number, info=info))

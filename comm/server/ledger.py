@@ -22,6 +22,8 @@ class Loss:
     """As in ``worker 2 was killed by SIGKILL``, without the first two words."""
     pushes: int
     """Of it that were applied before."""
+    samples: int = 0
+    """That went into them, as far as workers say how many."""
 
 
 class LossWatch(Protocol):
@@ -46,12 +48,15 @@ class Ledger:
 
     Attributes:
         applied: Pushes that are in the parameters, by worker.
+        samples: How many went into those.
         losses: By worker.
         refused: Messages of lost workers that came too late.
     """
 
     def __init__(self, num_workers: int) -> None:
         self.applied = dict.fromkeys(range(num_workers), 0)
+        self.samples = dict.fromkeys(range(num_workers), 0)
+        self._announced = dict(self.samples)
         self.losses: dict[int, Loss] = {}
         self.refused = 0
 
@@ -60,11 +65,16 @@ class Ledger:
         """Workers that are not lost, those included that have left in good order."""
         return self.applied.keys() - self.losses.keys()
 
+    def announce(self, worker: int, num_samples: int) -> None:
+        """With the coming push, so many samples of ``worker`` will be in the parameters since it began."""
+        self._announced[worker] = num_samples
+
     def apply(self, worker: int) -> None:
         """A push of ``worker`` is in the parameters."""
         self.applied[worker] += 1
+        self.samples[worker] = self._announced[worker]
 
     def lose(self, worker: int, reason: str) -> Loss:
         """From now on nothing of ``worker`` is applied."""
-        loss = self.losses[worker] = Loss(worker, reason, self.applied[worker])
+        loss = self.losses[worker] = Loss(worker, reason, self.applied[worker], self.samples[worker])
         return loss

@@ -183,6 +183,8 @@ class ParameterServer(ABC):
         self._check_turn(worker, message)
         if message.kind == Kind.STEP:
             check_settings(worker, message.info["groups"], self.served[message.optimizer].groups_of(worker))
+            if isinstance(message.info.get("samples"), int):
+                self.ledger.announce(worker, message.info["samples"])
             if message.info.get("recorded") is True:
                 self.tracer.requested(worker)
         _HANDLERS[message.kind](self, worker, message)

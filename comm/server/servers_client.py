@@ -69,6 +69,16 @@ class ServersClient:
         for client in self._clients:
             client.start()
 
+    def count_samples(self, num_samples: int) -> None:
+        """So many more go into the coming push."""
+        for client in self._clients:
+            client.num_samples = (client.num_samples or 0) + num_samples
+
+    @property
+    def num_samples(self) -> int:
+        """Those of all pushes, and of the coming one."""
+        return self._clients[0].num_samples or 0
+
     def step(self, number: int, groups: list[dict[str, Any]], clip: dict[str, Any]) -> None:
         """See :meth:`.WorkerClient.step`."""
         self._follow(number)
