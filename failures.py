@@ -81,7 +81,7 @@ class FailureRecords:
             os.environ.pop(FAILURES, None)
 
 
-def introduce(name: str, may_be_lost: bool = False) -> None:
+def introduce(name: str, pid: int | None = None, may_be_lost: bool = False) -> None:
     """:meth:`FailureRecords.introduce`, in a run that keeps records."""
     if FAILURES in os.environ:
-        FailureRecords().introduce(name, may_be_lost=may_be_lost)
+        FailureRecords().introduce(name, pid, may_be_lost)

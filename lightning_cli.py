@@ -39,6 +39,7 @@ from .checkpoints import BackgroundCheckpointIO, DurableCheckpointIO, is_local
 from .datamodules import ImageNetDataModule
 from .errors import UserError
 from .modules import ImageClassifier
+from .processes import RUN_DIR, is_started_by_rank_zero
 from .strategies.ddp_restart import form_group_after_restart
 from .strategy_flag import class_path
 from .trainer import Trainer
@@ -142,6 +143,7 @@ class GradsyncCLI(LightningCLI):
         if self._get(self.config, "ckpt_path") == "last" and self._get(self.config, "run_dir") is None:
             raise UserError("--ckpt_path last needs --run_dir DIR, the folder of the run that is to go on")
         run_dir = Path(self._get(self.config, "run_dir") or self._default_run_dir(config))
+        os.environ[RUN_DIR] = str(run_dir)
         if config.get("logger") in (None, True):
             config["logger"] = TensorBoardLogger(
                 run_dir.parent, name=None, version=run_dir.name, default_hp_metric=False
@@ -167,6 +169,8 @@ class GradsyncCLI(LightningCLI):
 
     @staticmethod
     def _default_run_dir(config: Any) -> str:
+        if is_started_by_rank_zero() and RUN_DIR in os.environ:
+            return os.environ[RUN_DIR]
         strategy = config["strategy"]
         name = strategy if isinstance(strategy, str) else strategy_flag(strategy)
         return f"runs/{name}-{datetime.now():%Y-%m-%d_%H-%M-%S}"

@@ -19,6 +19,8 @@ SUPERVISED = "GRADSYNC_SUPERVISED"
 """Number of the process that watches over the run, see ``supervisor.py``."""
 FAILURES = "GRADSYNC_FAILURES"
 """Folder in which a run's processes note why they failed, see ``failures.py``."""
+RUN_DIR = "GRADSYNC_RUN_DIR"
+"""Folder of the run that a process has begun, for those that it starts."""
 _PR_SET_PDEATHSIG = 1
 _PREFIX = "gradsync-"
 _SHORT_FOLDER = "/tmp"
@@ -89,7 +91,8 @@ def await_children(patience_s: float) -> None:
 
 def child_environment() -> dict[str, str]:
     """The environment for a run that must end with this process; nothing of a distributed run leaks into it."""
-    leaked = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", SUPERVISED, FAILURES}
+    leaked = {"LOCAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    leaked |= {SUPERVISED, FAILURES, RUN_DIR}
     environment = {k: v for k, v in os.environ.items() if k not in leaked}
     return {**environment, _DIE_WITH_PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
 

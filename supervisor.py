@@ -97,7 +97,7 @@ class _Supervisor:
     def _find(self) -> None:
         """Watch those that are new: also before they have loaded enough to introduce themselves."""
         watched = set(self._watched.values())
-        for pid in _children_of(self._first) - watched:
+        for pid in _children_of(self._first) - watched - self._records.processes().keys():
             if (rank := _launched_as(pid)) is not None:
                 self._records.introduce(f"process {rank}", pid)
         for pid in self._records.processes().keys() - watched:

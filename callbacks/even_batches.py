@@ -31,7 +31,9 @@ class EvenBatches(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not _applies(trainer):
             return
-        counts = exchange(trainer, str(trainer.num_training_batches), _START_PATIENCE)
+        counts = exchange(
+            trainer, str(trainer.num_training_batches), _START_PATIENCE, f"batches of epoch {trainer.current_epoch}"
+        )
         if len(set(counts.values())) > 1:
             numbers = ", ".join(f"{count} on rank {rank}" for rank, count in sorted(counts.items()))
             least = min(float(count) for count in counts.values())
@@ -46,7 +48,7 @@ class EvenBatches(Callback):
             return
         patience: timedelta = getattr(trainer.strategy, "step_timeout", _DEFAULT_STEP_TIMEOUT)
         own = trainer.fit_loop.epoch_loop.batch_idx + 1
-        counts = exchange(trainer, str(own), patience)
+        counts = exchange(trainer, str(own), patience, f"end of epoch {trainer.current_epoch}")
         others = {rank: count for rank, count in counts.items() if count != str(own)}
         missing = sorted(set(range(trainer.world_size)) - counts.keys() - lost_ranks(trainer.strategy))
         if others or missing:

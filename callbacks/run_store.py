@@ -25,13 +25,14 @@ def run_store(strategy: Any) -> dist.Store:
     return dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
 
 
-def exchange(trainer: pl.Trainer, text: str, patience: timedelta) -> dict[int, str]:
+def exchange(trainer: pl.Trainer, text: str, patience: timedelta, topic: str | None = None) -> dict[int, str]:
     """What every training rank says, by rank; lost ones, and those that have not come when patience ends, are left out.
 
     Called on all ranks in the same order, blocks. No collective takes part, so it may be called where ranks are not
-    sure to be in step.
+    sure to be in step. ``topic``: comes once in a run; where processes may join a run, they have to name it.
     """
-    store = dist.PrefixStore(f"exchange/{next(_num_exchanges)}", run_store(trainer.strategy))
+    name = topic if topic and may_lose_workers(trainer.strategy) else next(_num_exchanges)
+    store = dist.PrefixStore(f"exchange/{name}", run_store(trainer.strategy))
     keys = {rank: str(rank) for rank in range(trainer.world_size)}
     store.set(keys[trainer.global_rank], text)
     _await(trainer.strategy, store, keys, patience)
@@ -47,7 +48,7 @@ def exchange(trainer: pl.Trainer, text: str, patience: timedelta) -> dict[int, s
 
 def _await(strategy: Any, store: dist.Store, keys: dict[int, str], patience: timedelta) -> None:
     """Block until all keys of ranks that are not lost are there, or patience has ended."""
-    if not getattr(strategy, "workers_may_be_lost", False):
+    if not may_lose_workers(strategy):
         with contextlib.suppress(dist.DistError, RuntimeError):
             store.wait(list(keys.values()), patience)
         return
@@ -61,7 +62,12 @@ def _await(strategy: Any, store: dist.Store, keys: dict[int, str], patience: tim
 
 def lost_ranks(strategy: Any) -> set[int]:
     """Training ranks that the run has gone on without."""
-    return strategy.lost_ranks() if getattr(strategy, "workers_may_be_lost", False) else set()
+    return strategy.lost_ranks() if may_lose_workers(strategy) else set()
+
+
+def may_lose_workers(strategy: Any) -> bool:
+    """Whether the run goes on without ranks that are lost."""
+    return getattr(strategy, "workers_may_be_lost", False)
 
 
 def in_lockstep(strategy: Any) -> bool:

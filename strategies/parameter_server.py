@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from ..comm.optimizers import is_elementwise
 from ..comm.server import RemoteOptimizer, ServersClient, WorkerClient, WorkerGrowth
-from ..comm.server.ledger import Loss
+from ..comm.server.ledger import Loss, identity
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut, spread
 from ..comm.stop import StopAgreement
@@ -40,6 +40,7 @@ from .server_tensorboard import announce
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
 from .worker_loss import Heartbeat, LostWorkers
+from .worker_return import WorkerReturn, ask_for_position, incarnation
 
 _BYE_LINGER_MS = 60_000
 """How long a worker that leaves may take to hand over the weights. It ends as soon as they are sent."""
@@ -83,6 +84,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
         on_worker_loss: ``stop``: the run ends when a worker does. ``continue``: it goes on with the others, as long as
             the first worker is there, which logs and saves. A worker is lost when its process has ended, or has said
             nothing for 5 s; what it had not pushed is not seen in this epoch.
+        max_replacements: With ``continue``: start so many new processes in all, each in the place of a lost worker. It
+            takes part from a step of the first worker on, and in barriers and metrics from the next epoch on.
         kwargs: See :class:`CollectiveStrategy`.
     """
 
@@ -105,6 +108,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
         host: str = LOOPBACK,
         keys: str | Path | None = None,
         on_worker_loss: str = "stop",
+        max_replacements: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -123,6 +127,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
             host=host,
             keys=Path(keys) if keys else None,
             on_worker_loss=on_worker_loss,
+            max_replacements=max_replacements,
         )
         self.options = self._options.shown()
         self.num_servers = servers
@@ -131,7 +136,9 @@ class ParameterServerStrategy(ServedWorldStrategy):
         self.workers_may_be_lost = self._options.goes_on
         self._lost: LostWorkers | None = None
         self._heartbeat: Heartbeat | None = None
-        self._counted: dict[int, int] = {}
+        self._counted: dict[tuple[int, int], int] = {}
+        self.incarnation = incarnation()
+        self._return: WorkerReturn | None = None
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._connection: ServerConnection | None = None
@@ -186,7 +193,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
             connection.find()
             connection.watch(range(self.num_servers), self.servers_to_tell_of())
             self.join_workers()
-            connection.connect(self.global_rank)
+            connection.connect(identity(self.global_rank, self.incarnation))
         timeouts = (self.start_timeout, self.step_timeout)
         connection.meet_peers(self.options["transport"], self.world_size, self.process_group_backend, *timeouts)
 
@@ -202,25 +209,58 @@ class ParameterServerStrategy(ServedWorldStrategy):
         if self.in_lockstep:
             self.join_group()
             return
-        roll_call(self._store, self.global_rank, self.world_size, self.start_timeout)
+        if self.incarnation == 0:
+            roll_call(self._store, self.global_rank, self.world_size, self.start_timeout)
         store, timeout_s = dist.PrefixStore("workers", self._store), self.step_timeout.total_seconds()
         stopped = StopAgreement(self._store, None, None).decided
         if self._options.goes_on:
             self._lost = LostWorkers(self._store, self.world_size)
-            self._heartbeat = Heartbeat(self._store, self.global_rank)
+            self._heartbeat = Heartbeat(self._store, self.global_rank, self.incarnation)
         control = StoreControlPlane(
             store, self.global_rank, self.world_size, timeout_s, self._progress, stopped, self.lost_ranks
         )
         self._metric_sync = MetricSync(control.gather_tensors)
+        if self._lost is not None:
+            self._return = WorkerReturn(
+                *(self._store, self.global_rank, self._lost, control),
+                admit=lambda worker: self._client.admit(worker) if self._client is not None else None,
+                join=lambda: self._agree_through(control),
+            )
+        if self.incarnation == 0:
+            self.control = control
+
+    def _agree_through(self, control: StoreControlPlane) -> None:
+        """This process, new in the place of a lost worker, is counted in by the others."""
+        assert self._metric_sync is not None
+        assert self.lightning_module is not None
         self.control = control
+        self._metric_sync.attach(self.lightning_module)
+
+    def ask_for_position(self) -> str:
+        """New process in the place of a lost worker: the checkpoint to begin from. Blocks."""
+        self.join_store()
+        self._has_store = True
+        return ask_for_position(self._store, self.global_rank, self.step_timeout)
+
+    _has_store = False
+
+    @override
+    def join_store(self) -> None:
+        if not self._has_store:
+            super().join_store()
+        self._has_store = False
 
     def losses(self) -> list[Loss]:
         """Workers that the run has gone on without."""
         return self._lost.losses() if self._lost is not None else []
 
     def lost_ranks(self) -> set[int]:
-        """Theirs: they take part in nothing any more."""
-        return {loss.worker for loss in self.losses()}
+        """Workers that this one does not agree with on anything: lost ones, and new processes not counted in yet."""
+        if self._return is None:
+            return set()
+        if not self._return.is_member:
+            return set(range(self.world_size)) - {self.global_rank}
+        return self._return.lost_ranks()
 
     def _progress(self) -> bytes:
         return self._store.get(PROGRESS_KEY) if self._store.check([PROGRESS_KEY]) else b""
@@ -251,7 +291,9 @@ class ParameterServerStrategy(ServedWorldStrategy):
         super().setup(trainer)
         if self._client is None:
             self._client = self._connect([], [])  # an evaluation: optimizers of an earlier fit are not served
-        if self._metric_sync is not None:
+        if self._return is not None and trainer.state.fn == TrainerFn.FITTING:
+            trainer.callbacks.insert(0, self._return)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._metric_sync is not None and self.incarnation == 0:
             assert self.lightning_module is not None
             self._metric_sync.attach(self.lightning_module)
 
@@ -260,6 +302,9 @@ class ParameterServerStrategy(ServedWorldStrategy):
         super().teardown()
         if self._metric_sync is not None:
             self._metric_sync.detach()
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        if trainer is not None and self._return in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.callbacks.remove(self._return)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _named_parameters(self) -> list[list[tuple[str, Tensor]]]:
         """Per optimizer, its parameters in order with their names in the module."""
@@ -313,6 +358,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
             self._store.set(_TRACE_KEY, self.timeline.tracer.folder)
         client = self._client = self._connect(self._named_parameters(), self._cut())
         assert self.model is not None
+        if self.incarnation > 0:
+            client.fetch()
         growth = WorkerGrowth(
             client, self.optimizers, self.model.named_parameters(), self.num_servers, not self._shares_parameters
         )
@@ -351,12 +398,17 @@ class ParameterServerStrategy(ServedWorldStrategy):
     def samples_since_last_call(self) -> int:
         """How many all workers have trained on, lost ones included as far as they pushed; blocks, called on all."""
         assert self._client is not None
-        own = f"{self.global_rank} {self._client.num_samples}".encode()
-        said = (data.decode().partition(" ") for data in self.control.all_gather_bytes(own))
-        counts = {int(rank): int(count) for rank, _, count in said}
-        counts |= {loss.worker: loss.samples for loss in self.losses()}
+        own = f"{self.global_rank} {self.incarnation} {self._client.num_samples}".encode()
+        said = [tuple(map(int, data.split())) for data in self.control.all_gather_bytes(own)]
+        counts = {(rank, number): count for rank, number, count in said}
+        assert self._return is not None
+        if not self._return.is_member:
+            self._return.tell_samples(self._client.num_samples)
+        elif self.is_global_zero:
+            counts |= self._return.samples_of_others()
+        counts |= {(loss.worker, loss.incarnation): loss.samples for loss in self.losses()}
         before, self._counted = self._counted, counts
-        return sum(count - before.get(worker, 0) for worker, count in counts.items())
+        return sum(count - before.get(one, 0) for one, count in counts.items())
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -521,6 +573,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
         if self._heartbeat is not None and self._lost is not None:
             self._heartbeat.stop()
             self._lost.close()
+        if self._return is not None:
+            self._return.close()
         if self._client is not None:
             self._client.release()
         if self._connection is not None:

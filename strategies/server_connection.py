@@ -83,16 +83,16 @@ class ServerConnection:
         """Worker: where all servers listen; blocks until they do."""
         self._endpoints = [self._store.get(f"endpoint {server}").decode() for server in range(self._num_servers)]
 
-    def connect(self, rank: int) -> None:
-        """Worker ``rank``: to all servers that were found."""
+    def connect(self, own: bytes) -> None:
+        """A worker: to all servers that were found, which know it by this identity."""
         for endpoint in self._endpoints:
             if endpoint.startswith("tcp:"):
-                link = DealerLink(self._make_dealer, endpoint, rank)
+                link = DealerLink(self._make_dealer, endpoint, own)
                 self._links.append(link)
                 self.sockets.append(link)
             else:
                 dealer = self._make(zmq.DEALER)
-                dealer.routing_id = str(rank).encode()
+                dealer.routing_id = own
                 dealer.connect(endpoint)
                 self.sockets.append(dealer)
 

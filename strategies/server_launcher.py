@@ -11,17 +11,22 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import lightning.pytorch as pl
+from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
+from ..failures import introduce
 from .profiling import without_torch_profiler
+from .worker_return import INCARNATION
 
 if TYPE_CHECKING:
     from .parameter_server import ParameterServerStrategy
 
 
+_CKPT_PATH = 4
+"""Where Lightning passes ``ckpt_path`` to the function that fits."""
 _GRACE_S = 2.0
 """How long processes may take to say their last words."""
 
@@ -51,6 +56,8 @@ class ServerLauncher(_SubprocessScriptLauncher):
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
         assert trainer is not None
+        if self._strategy.incarnation > 0:
+            args = (*args[:_CKPT_PATH], self._strategy.ask_for_position(), *args[_CKPT_PATH + 1 :])
         with without_torch_profiler(trainer) if self._strategy.is_server else nullcontext():
             try:
                 result = function(*args, **kwargs)
@@ -83,16 +90,23 @@ class ServerLauncher(_SubprocessScriptLauncher):
         """
         return next(iter(self.exit_codes().items()), None)
 
-    def give_up(self, process_rank: int) -> None:
-        """End this child, which may be stopped: the run goes on without it."""
-        if process_rank <= len(self.procs):
-            process = self.procs[process_rank - 1]
-            self.given_up.append(process)
-            process.kill()
+    def replace(self, process_rank: int, name: str, incarnation: int | None) -> None:
+        """End this child, which may be stopped, and start another if there is to be a next incarnation."""
+        if process_rank > len(self.procs):
+            return  # torchrun has started it
+        process = self.procs[process_rank - 1]
+        self.given_up.append(process)
+        process.kill()
+        if incarnation is not None:
+            environment = {**os.environ, "LOCAL_RANK": str(process_rank), INCARNATION: str(incarnation)}
+            self.procs[process_rank - 1] = process = subprocess.Popen(_basic_subprocess_cmd(), env=environment)
+            introduce(name, process.pid, may_be_lost=True)
 
     def exit_codes(self) -> dict[int, int]:
         """By process rank, of all children that have ended with an error."""
-        codes = {index + 1: _exit_code(process) for index, process in enumerate(self.procs)}
+        codes = {
+            index + 1: _exit_code(process) for index, process in enumerate(self.procs) if process not in self.given_up
+        }
         return {rank: code for rank, code in codes.items() if code}
 
 

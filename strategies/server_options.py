@@ -45,6 +45,7 @@ class ServerOptions:
     host: str = LOOPBACK
     keys: Path | None = None
     on_worker_loss: str = "stop"
+    max_replacements: int = 0
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -53,6 +54,7 @@ class ServerOptions:
         self._check_security()
         if self.share_parameters:
             self._check_sharing()
+        self._check_replacements()
         if self.goes_on:
             self._check_going_on()
 
@@ -116,6 +118,12 @@ class ServerOptions:
         if self.wire_dtype is not None:
             raise UserError(f"{flag} needs parameters as they are: leave out {_FLAG}wire_dtype {self.wire_dtype}")
 
+    def _check_replacements(self) -> None:
+        if self.max_replacements < 0:
+            raise UserError(f"{_FLAG}max_replacements must be >= 0 processes, got {self.max_replacements}")
+        if self.max_replacements and not self.goes_on:
+            raise UserError(f"{_FLAG}max_replacements needs {_FLAG}on_worker_loss continue")
+
     def _check_going_on(self) -> None:
         chosen = f"{_FLAG}on_worker_loss continue"
         if self.transport in _OF_ALL_WORKERS:
@@ -161,7 +169,7 @@ class ServerOptions:
         if self.keys is not None:
             options["keys"] = str(self.keys)
         if self.goes_on:
-            options["on_worker_loss"] = self.on_worker_loss
+            options |= {"on_worker_loss": self.on_worker_loss, "max_replacements": self.max_replacements}
         if not self.is_sync:
             options |= {"staleness": self.bound, "staleness_correction": self.staleness_correction}
         return options

@@ -72,6 +72,7 @@ class Serving:
         self._view = ServerView(store, number if options.servers > 1 else None, log_every, num_workers, options.is_sync)
         self._server: ParameterServer | None = None
         self._launcher = launcher
+        self._num_replaced = 0
         self._peers = peers
         self.tracer = Tracer()
         """Told what is done when."""
@@ -107,6 +108,8 @@ class Serving:
         try:
             return server.serve()
         finally:
+            for worker in server.ledger.losses:  # a process that would take its place waits to be let in
+                self._replace(worker, None)
             self._options.write_schedule(self._applied)
             server.release()
             for optimizer, groups in zip(optimizers, whole, strict=True):
@@ -148,8 +151,16 @@ class Serving:
             self._store,
             self._num_workers,
             lambda: {rank - first: code for rank, code in self._launcher.exit_codes().items() if rank >= first},
-            lambda worker: self._launcher.give_up(worker + first),
+            self._replace,
         )
+
+    def _replace(self, worker: int, incarnation: int | None) -> bool:
+        """End the worker's process, and start another for the next ``incarnation`` if that may be."""
+        starts = incarnation is not None and self._num_replaced < self._options.max_replacements
+        self._num_replaced += starts
+        rank = worker + self._options.servers
+        self._launcher.replace(rank, f"worker {worker}", incarnation if starts else None)
+        return starts
 
     def _make_sum(self) -> Callable[[float], float]:
         """Adds up a number over all servers, which are all in the same step. Blocks until they are here."""

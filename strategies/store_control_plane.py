@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Container, Iterable
@@ -80,7 +79,8 @@ class StoreControlPlane(ControlPlane):
         self._lost = lost
         self._gone: set[int] = set()
         """Lost ranks that all the others know did not come to a gathering."""
-        self._numbers = itertools.count()
+        self.number = 0
+        """Of the next gathering."""
         self._mine: list[list[str]] = []
 
     # -- gathering -------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class StoreControlPlane(ControlPlane):
 
     def _gather_bytes(self, data: bytes) -> dict[int, bytes]:
         """By rank."""
-        number = next(self._numbers)
+        number, self.number = self.number, self.number + 1
         self._forget()
         chunks = [data[start : start + _CHUNK_BYTES] for start in range(0, len(data), _CHUNK_BYTES)]
         keys = [f"gathering {number} {self._rank} {index}" for index in range(len(chunks))]
@@ -104,6 +104,20 @@ class StoreControlPlane(ControlPlane):
         self._mine.append([head, *keys])
         read = {r: data if r == self._rank else self._read(number, r) for r in self._expected()}
         return {rank: value for rank, value in read.items() if value is not None}
+
+    def count_in(self, rank: int) -> None:
+        """A process in the place of a lost one takes part from the next gathering on; called on all ranks."""
+        self._gone.discard(rank)
+
+    def begin_at(self, number: int, without: Iterable[int]) -> None:
+        """This process takes part from gathering ``number`` on."""
+        self.number = number
+        self._gone = set(without)
+
+    def check_stopped(self) -> None:
+        """Raises StoppedBySignal if ranks stop for a signal."""
+        if (signum := self._stopped()) is not None:
+            raise StoppedBySignal(signum, None)
 
     def _expected(self) -> list[int]:
         return [rank for rank in range(self._world_size) if rank not in self._gone]
@@ -127,8 +141,7 @@ class StoreControlPlane(ControlPlane):
     def _wait_for(self, key: str, rank: int) -> None:
         progress, deadline, pause_s = None, 0.0, 0.001
         while not self._store.check([key]):
-            if (signum := self._stopped()) is not None:  # who has stopped does not come any more
-                raise StoppedBySignal(signum, None)
+            self.check_stopped()  # who has stopped does not come any more
             if rank in self._lost():
                 self._store.compare_set(key, "", _LOST.decode())  # one word for all: it has come, or it has not
                 return

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from ..comm.hosts import host_identity
-from ..comm.server.ledger import Loss, LossWatch
+from ..comm.server.ledger import Loss, LossWatch, identity
 
 _BEAT_S = 1.0
 DEAD_S = 5.0
@@ -32,12 +32,13 @@ _BYE_S = 1.0
 
 @final
 class Heartbeat:
-    """Says every second that this worker lives, from a thread of its own until :meth:`stop`."""
+    """Says every second that this worker's process lives, from a thread of its own until :meth:`stop`."""
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, incarnation: int) -> None:
         self._store = store.clone()  # torch's stores serve one caller at a time
-        self._key = f"beat {rank}"
-        store.set(_process_key(rank), json.dumps([host_identity(), os.getpid()]))
+        name = identity(rank, incarnation)
+        self._key = _key("beat of", name)
+        store.set(_key("process of", name), json.dumps([host_identity(), os.getpid()]))
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -60,29 +61,36 @@ class LostWorkers(LossWatch):
 
     def __init__(self, store: dist.Store, num_workers: int) -> None:
         self._store = store
-        self._live = set(range(num_workers))
+        self._incarnations = dict.fromkeys(range(num_workers), 0)
         self._losses: list[Loss] = []
+        self._num_found = 0
 
     def losses(self) -> list[Loss]:
         """All so far, in the order of their loss as this process saw it."""
-        for worker in sorted(self._live):
-            if self._store.check([_key(worker)]):
-                self._live.remove(worker)
-                self._losses.append(Loss(**json.loads(self._store.get(_key(worker)))))
+        for worker, incarnation in self._incarnations.items():
+            if self._store.check([key := _key("lost", identity(worker, incarnation))]):
+                self._incarnations[worker] += 1
+                self._losses.append(Loss(**json.loads(self._store.get(key))))
         return self._losses
 
     @override
     def find(self) -> Mapping[int, str]:
-        return {loss.worker: loss.reason for loss in self.losses()}
+        new = self.losses()[self._num_found :]
+        self._num_found += len(new)
+        return {loss.worker: loss.reason for loss in new}
 
     @override
     def tell(self, loss: Loss) -> None:
         """Nobody: the first server has told."""
 
     @override
+    def tell_back(self, worker: int) -> None:
+        """Nobody either."""
+
+    @override
     def close(self) -> None:
         """What was found so far stays; the store may end."""
-        self._live.clear()
+        self._incarnations.clear()
 
 
 @final
@@ -93,7 +101,8 @@ class LossFinder(LossWatch):
         store: Of the run.
         num_workers: How many there were.
         exit_codes: Of the workers' processes that have ended, by worker.
-        give_up: Ends the process of a lost worker, if it has not ended.
+        replace: Ends the process of a lost worker, if it has not ended, and starts another, which is to be this
+            incarnation; returns whether it has.
     """
 
     def __init__(
@@ -101,12 +110,14 @@ class LossFinder(LossWatch):
         store: dist.Store,
         num_workers: int,
         exit_codes: Callable[[], Mapping[int, int]],
-        give_up: Callable[[int], None],
+        replace: Callable[[int, int], bool],
     ) -> None:
         self._store = store
-        self._num_workers = self._num_live = num_workers
+        self._num_workers = num_workers
+        self._live = set(range(num_workers))
         self._exit_codes = exit_codes
-        self._give_up = give_up
+        self._replace = replace
+        self._incarnations = dict.fromkeys(range(num_workers), 0)
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._next_s = 0.0
         self._processes: dict[int, int | None] = {}
@@ -132,7 +143,7 @@ class LossFinder(LossWatch):
         return {w: f"said nothing for {DEAD_S:g} s" for w, (_, at) in self._beats.items() if now - at > DEAD_S}
 
     def _hear(self, worker: int, now: float) -> None:
-        key = f"beat {worker}"
+        key = _key("beat of", identity(worker, self._incarnations[worker]))
         if self._store.check([key]):
             if worker not in self._processes:
                 self._processes[worker] = self._open(worker)
@@ -142,37 +153,43 @@ class LossFinder(LossWatch):
 
     def _open(self, worker: int) -> int | None:
         """A descriptor that becomes readable when the worker's process ends, if that is on this host."""
-        host, pid = json.loads(self._store.get(_process_key(worker)))
+        host, pid = json.loads(self._store.get(_key("process of", identity(worker, self._incarnations[worker]))))
         with contextlib.suppress(ProcessLookupError):  # it has ended already, which its silence will tell
             return os.pidfd_open(pid) if host == host_identity() else None
         return None
 
     @override
     def close(self) -> None:
-        for descriptor in self._processes.values():
-            if descriptor is not None:
-                os.close(descriptor)
-        self._processes.clear()
+        for worker in list(self._processes):
+            self._forget(worker)
+
+    def _forget(self, worker: int) -> None:
+        if (descriptor := self._processes.pop(worker, None)) is not None:
+            os.close(descriptor)
+        self._beats.pop(worker, None)
+        self._ended_at.pop(worker, None)
 
     @override
     def tell(self, loss: Loss) -> None:
-        self._store.set(_key(loss.worker), json.dumps(asdict(loss)))
-        self._num_live -= 1
-        self._give_up(loss.worker)
-        print(
-            f"gradsync: warning: worker {loss.worker} {loss.reason}, after {loss.pushes} steps: the run goes on with "
-            f"{self._num_live} of {self._num_workers} workers",
-            file=sys.stderr,
-            flush=True,
-        )
+        self._store.set(_key("lost", identity(loss.worker, loss.incarnation)), json.dumps(asdict(loss)))
+        self._forget(loss.worker)
+        self._incarnations[loss.worker] = loss.incarnation + 1
+        self._live.discard(loss.worker)
+        text = f"worker {loss.worker} {loss.reason}, after {loss.pushes} steps: the run goes on with "
+        text += f"{len(self._live)} of {self._num_workers} workers"
+        if self._replace(loss.worker, loss.incarnation + 1):
+            text += ", and a new process is started in its place"
+        print(f"gradsync: warning: {text}", file=sys.stderr, flush=True)
+
+    @override
+    def tell_back(self, worker: int) -> None:
+        self._live.add(worker)
+        text = f"worker {worker} is back, in another process: {len(self._live)} of {self._num_workers} workers"
+        print(f"gradsync: {text}", file=sys.stderr, flush=True)
 
 
-def _key(worker: int) -> str:
-    return f"lost {worker}"
-
-
-def _process_key(worker: int) -> str:
-    return f"process of {worker}"
+def _key(what: str, name: bytes) -> str:
+    return f"{what} {name.decode()}"
 
 
 def _has_ended(process: int | None) -> bool:

@@ -13,9 +13,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
+from torchmetrics import CatMetric
 from training import Mlp, make_data
 
 from gradsync.comm.server.collective import CollectivePeers
+from gradsync.strategies.worker_return import INCARNATION
 
 KILLED_AT = "killed at monotonic second "
 
@@ -27,6 +29,11 @@ def _process_of(local_rank: int) -> int:
         if f"LOCAL_RANK={local_rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return int(pid)
     return os.getppid()
+
+
+WORKERS, VICTIM = 3, 2
+EPOCHS_AFTER = 2
+"""How many epochs :class:`Returning` goes on for when all workers are there again."""
 
 
 class FaultyMlp(Mlp):
@@ -99,3 +106,31 @@ class TinyData(pl.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         return DataLoader(make_data(64), batch_size=self.batch_size)
+
+
+class Returning(Mlp):
+    """The last worker kills itself in its second step. Goes on for some epochs after all have counted it in again."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=True)
+        self.ranks = CatMetric()
+        self.present: list[int] = []
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        if self.trainer.global_rank == VICTIM and INCARNATION not in os.environ and self.global_step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+        return super().training_step(batch, index)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        super().validation_step(batch, index)
+        self.ranks.update(torch.tensor([float(self.global_rank)]))
+
+    def on_validation_epoch_end(self) -> None:
+        state = torch.cat([value.double().flatten() for value in self.state_dict().values()])
+        assert (self.all_gather(state) == state).all(), "workers evaluate different models"
+        self.present.append(len(self.ranks.compute().unique()))
+        self.ranks.reset()
+
+    def on_train_epoch_end(self) -> None:
+        self.trainer.should_stop = self.present[-EPOCHS_AFTER:] == [WORKERS] * EPOCHS_AFTER

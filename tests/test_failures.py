@@ -167,3 +167,22 @@ def test_a_run_goes_on_without_a_killed_worker(tmp_path: Path) -> None:
     epochs = [epoch["samples_seen"] for epoch in result["epochs"]]
     assert epochs == [2 * 160 + result["batch_size"]]  # each worker has a third of 480 samples
     assert not ended.orphans
+
+
+def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
+    arguments = [part if part != "faulty.FaultyMlp" else "faulty.Returning" for part in tiny_fit("parameter_server", 4)]
+    arguments += ["--trainer.max_epochs", "4000", "--trainer.strategy.on_worker_loss", "continue"]
+    arguments += ["--trainer.strategy.max_replacements", "1", "--trainer.enable_progress_bar", "false"]
+    ended = gradsync(*arguments, "--trainer.num_sanity_val_steps", "0", cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    said = [line for line in ended.output.splitlines() if line.startswith("gradsync: ")]
+    assert said == [
+        "gradsync: warning: worker 2 was killed by SIGKILL, after 1 steps: the run goes on with 2 of 3 workers, and a "
+        "new process is started in its place",
+        "gradsync: worker 2 is back, in another process: 3 of 3 workers",
+    ]
+    (path,) = tmp_path.glob("runs/**/results_*.json")
+    seen = [epoch["samples_seen"] for epoch in json.loads(path.read_text())["epochs"]]
+    assert 320 in seen[1:]  # two workers, each a third of the data
+    assert seen[-1] == 480  # three again
+    assert not ended.orphans

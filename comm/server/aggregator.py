@@ -125,6 +125,10 @@ class Aggregator(ServedOptimizer):
         for frames in self._frames.values():
             frames.pop(worker, None)
 
+    def take_in(self, worker: int) -> None:
+        """``worker`` takes part from the step on that is just beginning."""
+        self.workers.add(worker)
+
     # -- numerics --------------------------------------------------------------------------------------------
 
     def _may_step_alone(self) -> bool:

@@ -56,7 +56,7 @@ class AsyncServer(ParameterServer):
         self._schedule = deque(schedule)
         self._on_apply = on_apply
         workers = range(self._num_workers)
-        self.clocks = self.ledger.applied
+        self.clocks = dict.fromkeys(workers, 0)
         self._versions = {worker: [0] * len(self.served) for worker in workers}
         """Of the parameters that a worker has, per optimizer."""
         self._began_ns = dict.fromkeys(workers, 0)
@@ -132,6 +132,7 @@ class AsyncServer(ParameterServer):
         staleness = applier.version - self._versions[worker][number]
         receive_ms = (time.perf_counter_ns() - self._began_ns[worker]) / 1e6
         applier.apply(worker, 1.0 / (1 + staleness) if self._corrects_staleness else 1.0)
+        self.clocks[worker] += 1
         self.ledger.apply(worker)
         self._on_apply(worker)
         self.statistics.applied(worker, staleness)
@@ -168,6 +169,17 @@ class AsyncServer(ParameterServer):
     def _late_workers(self) -> set[int]:
         present = {worker: self.clocks[worker] for worker in self._present()}
         return {worker for worker, clock in present.items() if clock == min(present.values())}
+
+    @override
+    def _go_on_with(self, worker: int) -> None:
+        """It begins where the slowest is, so that no bound holds anybody back for what it has missed."""
+        slowest = min(self.clocks[other] for other in self._present() - {worker})
+        self.clocks[worker] = max(self.clocks[worker], slowest)
+        self._versions[worker] = [served.version for served in self.served]
+
+    @override
+    def _steps_of(self, worker: int) -> int:
+        return self.clocks[worker]
 
     @override
     def _go_on_without(self, worker: int) -> None:

@@ -93,6 +93,8 @@ class WorkerClient:
         """Of the server, for traces."""
         self.num_samples: int | None = None
         """That went into this worker's gradients since it began, for the server's ledger."""
+        self.admits: list[int] = []
+        """Workers whose new processes take part from the coming step on; rank 0 says so."""
         self._rank = rank
         self._timeout_s = timeout_s + _GRACE_S
         self._timeline = timeline
@@ -111,7 +113,9 @@ class WorkerClient:
                     else:
                         payload = self._payload(bucket, bucket.parameters(), start, end, scale=1.0)
                     self._send(Message(Kind.INIT, number, bucket.index(), part, payload=payload))
-        self._attach(self._expect(Kind.WELCOME).info)
+        welcome = self._expect(Kind.WELCOME).info
+        self._attach(welcome["memory"])
+        self._num_steps = welcome["steps"]
         self.round()
 
     def round(self) -> None:
@@ -156,6 +160,8 @@ class WorkerClient:
         info = {"used": used, "groups": groups, "clip": clip, "sequence": self._num_steps}
         if self.num_samples is not None:
             info["samples"] = self.num_samples
+        if self.admits:
+            info["admits"], self.admits = self.admits, []
         if self._timeline.tracer.recorder is not None:
             info["recorded"] = True
         self._send(Message(Kind.STEP, number, info=info))

@@ -89,6 +89,10 @@ class Growths:
         requests = self._requests[number][self._num_taken.get((worker, number), 0) :]
         return [row[0] for request in requests for row in _rows(request)]
 
+    def forget(self, worker: int) -> None:
+        """Another process will take its place, and ask for everything again."""
+        self._num_taken = {key: taken for key, taken in self._num_taken.items() if key[0] != worker}
+
     def is_new(self, worker: int, number: int, request: dict[str, Any]) -> bool:
         """Whether nobody has asked for this before.
 

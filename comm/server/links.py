@@ -37,13 +37,13 @@ class DealerLink:
     Args:
         make_socket: A DEALER that will connect to the server, with all options but its routing id.
         endpoint: Of the server.
-        rank: Of the worker.
+        identity: Of the worker, by which the server knows it.
     """
 
-    def __init__(self, make_socket: Callable[[], zmq.Socket[bytes]], endpoint: str, rank: int) -> None:
+    def __init__(self, make_socket: Callable[[], zmq.Socket[bytes]], endpoint: str, identity: bytes) -> None:
         self._make_socket = make_socket
         self._endpoint = endpoint
-        self._rank = rank
+        self._identity = identity
         self._talk = Conversation(make_token())
         self._ready: deque[list[zmq.Frame]] = deque()
         self._is_connected = False
@@ -52,7 +52,7 @@ class DealerLink:
 
     def _connect(self) -> None:
         self._socket = self._make_socket()
-        self._socket.routing_id = f"{self._rank}:".encode() + os.urandom(8)
+        self._socket.routing_id = self._identity + b":" + os.urandom(8)
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -212,10 +212,12 @@ class RouterLink:
         for message in talk.again() if number == RESUME else []:
             self._send(rank, message, False)
 
-    def forget(self, rank: int) -> None:
-        """Let another process take this worker's place."""
-        self._talks.pop(str(rank).encode(), None)
-        self._routes.pop(str(rank).encode(), None)
+    def replace(self, lost: bytes, successor: bytes) -> None:
+        """Another process may take a worker's place; what the lost one still sends is dropped."""
+        self._ranks.discard(lost)
+        self._ranks.add(successor)
+        self._talks.pop(lost, None)
+        self._routes.pop(lost, None)
 
     def await_farewells(self) -> None:
         """Block until all workers know that their last words have come, but not for long."""

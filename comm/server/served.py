@@ -81,6 +81,11 @@ class ServedOptimizer(ABC):
         runs = [bucket.parameters() for bucket in self.layout.buckets[first : first + len(buffers)]]
         own += make_buckets(runs, buffers, first)
 
+    def detach(self, worker: int) -> None:
+        """``worker`` is lost: forget its memory, and what it knew of."""
+        self._shared.pop(worker, None)
+        self._known.pop(worker, None)
+
     # -- phase: grow -----------------------------------------------------------------------------------------
 
     def grow(

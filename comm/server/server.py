@@ -21,7 +21,7 @@ from ..packing import MalformedTree, pack_tree, tensor_bytes, tensor_from, unpac
 from ..tracer import Tracer
 from .checks import check_fields, check_settings
 from .growth import Growths
-from .ledger import Ledger, LossWatch
+from .ledger import Ledger, LossWatch, identity
 from .links import RouterLink
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 from .served import ServedOptimizer
@@ -100,7 +100,9 @@ class ParameterServer(ABC):
             for bucket, part, _, _ in served.layout.all_parts()
         }
         """What is missing of the values to start from."""
-        self._ids = {str(worker).encode(): worker for worker in range(num_workers)}
+        self._ids = {identity(worker): worker for worker in range(num_workers)}
+        self._arrived: dict[int, Message] = {}
+        """Hellos of such processes that are not admitted yet."""
         self._has_begun = False
         """Everybody was welcomed."""
         self._greeted: set[int] = set()
@@ -143,6 +145,10 @@ class ParameterServer(ABC):
     def _go_on_without(self, worker: int) -> None:
         """Forget what a lost worker has pushed and is not in the parameters yet; nobody waits for it any more."""
 
+    @abstractmethod
+    def _go_on_with(self, worker: int) -> None:
+        """Another process takes the place of a lost worker: it takes part from now on."""
+
     def serve(self) -> tuple[Any, Any]:
         """Block until every worker has said bye; return worker 0's farewell: ``(info, unpacked tree)``.
 
@@ -172,11 +178,16 @@ class ParameterServer(ABC):
         if frames[0].bytes not in self._ids:
             raise ProtocolError(f"worker {frames[0].bytes!r} is not one of the {self._num_workers} expected")
         worker = self._ids[frames[0].bytes]
-        if worker in self.ledger.losses:
-            self.ledger.refused += 1
+        is_lost = worker in self.ledger.losses
+        if frames[0].bytes != identity(worker, self.ledger.incarnations[worker] + is_lost):
+            self.ledger.refused += 1  # from a process whose place another one has taken, or may take
             return
         self.statistics.seen_ns[worker] = time.perf_counter_ns()
         message = Message.parse([frame.buffer for frame in frames[1:]])
+        if is_lost:
+            check_fields(worker, message)
+            self._arrive(worker, message)
+            return
         if message.kind not in _HANDLERS:
             raise ProtocolError(f"worker {worker} sends {message.kind.name}, which only the server may")
         check_fields(worker, message)
@@ -185,6 +196,8 @@ class ParameterServer(ABC):
             check_settings(worker, message.info["groups"], self.served[message.optimizer].groups_of(worker))
             if isinstance(message.info.get("samples"), int):
                 self.ledger.announce(worker, message.info["samples"])
+            if worker == 0 and "admits" in message.info:
+                self._admit(_integers(message.info["admits"]))
             if message.info.get("recorded") is True:
                 self.tracer.requested(worker)
         _HANDLERS[message.kind](self, worker, message)
@@ -207,7 +220,8 @@ class ParameterServer(ABC):
 
     def _send(self, worker: int, message: Message) -> None:
         with contextlib.suppress(zmq.ZMQError):  # it is gone, and whoever watches says so
-            self._socket.send_multipart([str(worker).encode(), *message.frames()], copy=False)
+            sender = identity(worker, self.ledger.incarnations[worker])
+            self._socket.send_multipart([sender, *message.frames()], copy=False)
         if message.kind == Kind.DONE:
             self.tracer.answered(worker)
 
@@ -247,6 +261,9 @@ class ParameterServer(ABC):
         for worker, reason in self._losses.find().items():
             if worker in self._present():
                 self.lose(worker, reason)
+            elif worker in self.ledger.losses:
+                self.ledger.let_in(worker)
+                self.lose(worker, f"{reason} before it was let in")
 
     def lose(self, worker: int, reason: str) -> None:
         """Go on without ``worker``, whatever it sends from now on.
@@ -258,12 +275,39 @@ class ParameterServer(ABC):
             raise WorkerFailed(f"worker {worker} {reason}")
         error = f"the others have gone on without worker {worker}, which {reason}"
         self._send(worker, Message(Kind.FAIL, info={"error": error}))
+        successor = identity(worker, self.ledger.incarnations[worker] + 1)
         if isinstance(self._socket, RouterLink):
-            self._socket.forget(worker)
+            self._socket.replace(identity(worker, self.ledger.incarnations[worker]), successor)
+        self._ids[successor] = worker
+        self._greeted.discard(worker)
+        self._arrived.pop(worker, None)
+        self._growths.forget(worker)
+        for served in self.served:
+            served.detach(worker)
         self.statistics.left.add(worker)
         loss = self.ledger.lose(worker, reason)
         self._go_on_without(worker)
         self._losses.tell(loss)
+
+    # -- workers that take the place of lost ones ------------------------------------------------------------
+
+    def _admit(self, workers: set[int]) -> None:
+        """Worker 0, which has told them where it is, announces the first step in which they take part."""
+        self._next_look_s = 0.0
+        self._look_for_losses()  # worker 0 knows of them
+        for other in self.ledger.losses.keys() & workers:
+            self.ledger.let_in(other)
+            self.statistics.left.discard(other)
+            self._go_on_with(other)
+            if other in self._arrived:
+                self._hello(other, self._arrived.pop(other))
+
+    def _arrive(self, worker: int, message: Message) -> None:
+        """The next process of a lost worker says hello before it is admitted."""
+        if message.kind == Kind.HELLO:
+            self._arrived[worker] = message
+        else:
+            self.ledger.refused += 1
 
     # -- phase: hello and init -------------------------------------------------------------------------------
 
@@ -277,10 +321,16 @@ class ParameterServer(ABC):
             difference = f"server has {len(self._tables)} optimizers, worker {len(message.info['tables'])}"
         self._greeted.add(worker)
         if difference is not None:
-            raise WorkerFailed(f"worker {worker} trains another model than the server: {difference}")
+            self.lose(worker, f"trains another model than the server: {difference}")
+            return
         if self._shared:
             self._take_memory(worker, message.info["memory"] or {})
-        self._welcome()
+        if self._has_begun:
+            self._send(worker, self._welcome_of(worker))
+            assert self._losses is not None
+            self._losses.tell_back(worker)
+        else:
+            self._welcome()
 
     def _init(self, worker: int, message: Message) -> None:
         if worker != 0:
@@ -297,8 +347,16 @@ class ParameterServer(ABC):
         if len(self._greeted) == self._num_workers and not self._init_parts:
             self._waiting_since = None
             self._has_begun = True
-            memory = [shared.handle() for shared in self._shared] if self._shared else None
-            self._tell_all(Message(Kind.WELCOME, info=memory))
+            for worker in sorted(self._present()):
+                self._send(worker, self._welcome_of(worker))
+
+    def _welcome_of(self, worker: int) -> Message:
+        memory = [shared.handle() for shared in self._shared] if self._shared else None
+        return Message(Kind.WELCOME, info={"memory": memory, "steps": self._steps_of(worker)})
+
+    def _steps_of(self, worker: int) -> int:
+        """After which its own are numbered."""
+        return 0
 
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
         """A worker tells where its memory is."""
@@ -450,6 +508,10 @@ class ParameterServer(ABC):
         for shared in self._shared or []:
             shared.seal()
         self._growths.seal()
+
+
+def _integers(values: Any) -> set[int]:
+    return {value for value in values if type(value) is int} if isinstance(values, list) else set()
 
 
 def _unpack(worker: int, description: Any, payload: Any) -> Any:

@@ -74,6 +74,11 @@ class ServersClient:
         for client in self._clients:
             client.num_samples = (client.num_samples or 0) + num_samples
 
+    def admit(self, worker: int) -> None:
+        """Rank 0: another process takes the place of a lost worker, from the coming step on."""
+        for client in self._clients:
+            client.admits.append(worker)
+
     @property
     def num_samples(self) -> int:
         """Those of all pushes, and of the coming one."""

@@ -124,6 +124,11 @@ class SyncServer(ParameterServer):
                 self._advance(number, None)
 
     @override
+    def _go_on_with(self, worker: int) -> None:
+        for aggregator in self.served:
+            aggregator.take_in(worker)
+
+    @override
     def _reply(self, worker: int, number: int, bucket_index: int, start: int, values: Tensor) -> Any:
         """Without a copy: workers push the next step only after they have received all of this one."""
         return None if self._shared else tensor_bytes(values.cpu())
