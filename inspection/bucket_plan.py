@@ -111,31 +111,33 @@ _Planned = tuple[list[PlannedBucket], dict[int, list[int]], list[str]]
 
 def _all_reduce(named: _Named, strategy: Any, world_sizes: Sequence[int]) -> _Planned:
     """Lightning's ``ddp`` and ``manual_allreduce``, from the second step on; the first has a bucket per dtype."""
-    options = getattr(strategy, "options", None)
-    notes = []
-    if options is None:  # DDP: with a size of one's own, its first bucket is no smaller
-        given = strategy._ddp_kwargs.get("bucket_cap_mb")
-        sizes, algorithm = ([given, given] if given else [DEFAULT_BUCKET_MIB]), "native"
-    else:
-        sizes, algorithm = [options["bucket_mib"]], options["algorithm"]
-        _check_known(options)
-        if sizes == [_AUTO]:
-            sizes, notes = (
-                [DEFAULT_BUCKET_MIB],
-                [f"bucket_mib auto: a run tries sizes, shown are {DEFAULT_BUCKET_MIB:g} MiB"],
-            )
+    is_ddp = not hasattr(strategy, "options")
+    sizes, notes = _ddp_sizes(strategy) if is_ddp else _own_sizes(strategy.options)
     names = {p: name for name, p in named}
     runs = layout_in_ready_order([p for _, p in reversed(named)], *sizes)
     specs = [BufferSpec.of(run) for run in runs]
     buckets = [_bucket([names[p] for p in run], spec) for run, spec in zip(runs, specs, strict=True)]
-    if options is None:  # the run's figure is of all buckets together, as DDP tells their sizes
+    if is_ddp:  # a run's figure is of all buckets together, as DDP tells their sizes
         total = sum(map(_size, specs))
-        return buckets, {size: [ring_bytes(total, size)] * size for size in world_sizes}, notes
+        return buckets, {n: [ring_bytes(total, n)] * n for n in world_sizes}, notes
+    algorithm = strategy.options["algorithm"]
     num_bytes = {
-        size: [sum(_reduced_bytes(algorithm, rank, size, spec) for spec in specs) for rank in range(size)]
-        for size in world_sizes
+        n: [sum(_reduced_bytes(algorithm, rank, n, spec) for spec in specs) for rank in range(n)] for n in world_sizes
     }
     return buckets, num_bytes, notes
+
+
+def _ddp_sizes(strategy: Any) -> tuple[list[float], list[str]]:
+    """In MiB, of a bucket and, where it is another one, of the first. Of a size of one's own the first one is, too."""
+    given = strategy._ddp_kwargs.get("bucket_cap_mb")
+    return ([given, given] if given else [DEFAULT_BUCKET_MIB]), []
+
+
+def _own_sizes(options: dict[str, Any]) -> tuple[list[float], list[str]]:
+    _check_known(options)
+    if options["bucket_mib"] != _AUTO:
+        return [options["bucket_mib"]], []
+    return [DEFAULT_BUCKET_MIB], [f"bucket_mib auto: a run tries sizes, shown are {DEFAULT_BUCKET_MIB:g} MiB"]
 
 
 def _check_known(options: dict[str, Any]) -> None:
