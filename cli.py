@@ -33,6 +33,7 @@ _COMMANDS = {
     "tune-batch-size": "find the batch size that trains most images per second in the memory there is",
     "convert": "write an image folder as Parquet shards, for fast and for remote storage",
     "doctor": "check this machine before a long run, and say what to change",
+    "inspect": "list a model's parameters, how strategies would cut it, a checkpoint's tensors; nothing is trained",
     "keygen": "make the keys that a parameter server off loopback needs",
     "report": "make tables, plots, text and a page from the result files of a folder, or compare two folders",
 }
@@ -62,6 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
         from .doctor import main as doctor
 
         _guarded(lambda: doctor(rest))
+    elif command == "inspect":
+        from .inspect_model import main as inspect
+
+        _guarded(lambda: inspect(rest))
     elif command == "keygen":
         from .keys import main as keygen
 

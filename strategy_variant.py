@@ -98,6 +98,21 @@ class Variant:
             )
         self._check_options(cls, extra)
 
+    def make(self) -> Any:
+        """The strategy, as a run would get it; only for ``ddp`` and those of gradsync, which have no side effects.
+
+        Raises:
+            UserError: it is another one, or as from :meth:`check`.
+        """
+        self.check([])
+        known: dict[str, type] = {"ddp": DDPStrategy, **STRATEGIES}
+        cls = known.get(strategy_name(self.strategy))
+        if cls is None:
+            raise UserError(f"--strategies {self.strategy}: only {', '.join(known)} can be looked into before a run")
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls)
+        return cls(**{name: _parsed(parser, name, value) for name, value in self.options})
+
     def _check_options(self, cls: type, extra: list[str]) -> None:
         """By the parser that the run will use, and by constructing what has no side effects."""
         where = f"--strategies {self.strategy}:{self.text}"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 BYTES_PER_MIB = 1024 * 1024
+FIRST_BUCKET_MIB = 1.0
+"""DDP's: a small first bucket starts communication early."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,14 @@ def ddp_layout(parameters: Iterable[Tensor], max_bytes: int, first_max_bytes: in
             full.append(begun.pop(kind))
             room[kind] = max_bytes
     return full + list(begun.values())
+
+
+def layout_in_ready_order(
+    order: Iterable[Tensor], bucket_mib: float, first_bucket_mib: float = FIRST_BUCKET_MIB
+) -> list[list[Tensor]]:
+    """The buckets of DDP and of our reducer from the second step on, for parameters as their gradients get ready."""
+    max_bytes, first = (int(mib * BYTES_PER_MIB) for mib in (bucket_mib, first_bucket_mib))
+    return ddp_layout(order, max_bytes, min(first, max_bytes))
 
 
 def bounded_layout(parameters: Iterable[Tensor], max_bytes: int) -> list[list[Tensor]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from .algorithms.algorithm import Algorithm
-from .buckets import BYTES_PER_MIB, Bucket, BufferSpec, ddp_layout, make_buckets
+from .buckets import FIRST_BUCKET_MIB, Bucket, BufferSpec, ddp_layout, layout_in_ready_order, make_buckets
 from .diagnosis import stand
 from .timeline import Timeline
 from .tuner import BucketTuner
@@ -93,7 +93,7 @@ class GradientReducer:
         algorithm: Algorithm,
         control_group: dist.ProcessGroup,
         bucket_mib: float = 25.0,
-        first_bucket_mib: float = 1.0,
+        first_bucket_mib: float = FIRST_BUCKET_MIB,
         overlap: bool = True,
         timeline: Timeline | None = None,
         tuner: BucketTuner | None = None,
@@ -136,9 +136,8 @@ class GradientReducer:
 
     def _build_in_order(self, order: Iterable[Tensor]) -> None:
         """Buckets for the same parameters in the order in which gradients become ready."""
-        max_bytes, first = (int(mib * BYTES_PER_MIB) for mib in (self._bucket_mib, self._first_bucket_mib))
         self._ready = dict.fromkeys(order)
-        self._lay_out(ddp_layout(self._ready, max_bytes, min(first, max_bytes)))
+        self._lay_out(layout_in_ready_order(self._ready, self._bucket_mib, self._first_bucket_mib))
         self._order_is_known = True
 
     def _lay_out(self, layout: Sequence[list[Tensor]]) -> None:

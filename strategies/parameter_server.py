@@ -34,7 +34,7 @@ from .rendezvous import roll_call
 from .served_world import ServedWorldStrategy
 from .server_connection import ServerConnection
 from .server_launcher import ServerLauncher, ServingDone
-from .server_options import LOOPBACK, ServerOptions
+from .server_options import LOOPBACK, ServerOptions, default_part_mib
 from .server_refusals import refuse_optimizers, refuse_settings, warn_of_no_effect
 from .server_tensorboard import announce
 from .serving import PROGRESS_KEY, Serving
@@ -153,9 +153,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
 
     @property
     def _part_mib(self) -> float:
-        if self.options["transport"] == "collective":
-            return self._options.part_mib or 25.0
-        return self._options.part_mib or (16.0 if self._shares_memory else 4.0)
+        return self._options.part_mib or default_part_mib(self.options["transport"], self._shares_memory)
 
     @property
     def _shares_parameters(self) -> bool:

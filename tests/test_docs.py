@@ -32,6 +32,7 @@ import gradsync
 from gradsync.compare import _parser as compare_parser
 from gradsync.convert import _parser as convert_parser
 from gradsync.doctor import _parser as doctor_parser
+from gradsync.inspect_model import _parser as inspect_parser
 from gradsync.keys import _parser as keygen_parser
 from gradsync.lightning_cli import GradsyncCLI
 from gradsync.strategy_flag import expand
@@ -45,6 +46,7 @@ OWN_PARSERS = {
     "compare": compare_parser,
     "convert": convert_parser,
     "doctor": doctor_parser,
+    "inspect": inspect_parser,
     "keygen": keygen_parser,
     "tune-batch-size": tune_parser,
 }

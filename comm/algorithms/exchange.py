@@ -7,7 +7,7 @@ both come from it, so they cannot disagree.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -56,6 +56,11 @@ class Step:
         return self.outgoing.numel + self.incoming.numel
 
 
+def bytes_of(steps: Iterable[Step], itemsize: int) -> int:
+    """Sent plus received by the rank whose ``steps`` they are."""
+    return sum(step.numel for step in steps) * itemsize
+
+
 class PlannedAllReduce(BlockingAlgorithm):
     """Carries out a plan of :class:`Step` on every bucket, by point-to-point operations of the backend.
 
@@ -80,7 +85,7 @@ class PlannedAllReduce(BlockingAlgorithm):
 
     @override
     def num_bytes(self, bucket: Bucket) -> int:
-        return sum(step.numel for step in self._steps(bucket)) * bucket.buffer().element_size()
+        return bytes_of(self._steps(bucket), bucket.buffer().element_size())
 
     @override
     def reduce(self, bucket: Bucket) -> None:

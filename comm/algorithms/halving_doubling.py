@@ -30,15 +30,20 @@ class HalvingDoublingAllReduce(PlannedAllReduce):
 
     @override
     def plan(self, numel: int) -> list[Step]:
-        core = 1 << (self.world_size.bit_length() - 1)
-        if self.rank >= core:
-            whole = Message(self.rank - core, 0, numel)
-            return [Step(outgoing=whole, adds=True), Step(incoming=whole, adds=False)]
-        steps = halving_doubling_steps(self.rank, core, numel)
-        if self.rank + core < self.world_size:
-            whole = Message(self.rank + core, 0, numel)
-            return [Step(incoming=whole, adds=True), *steps, Step(outgoing=whole, adds=False)]
-        return steps
+        return folded_steps(self.rank, self.world_size, numel)
+
+
+def folded_steps(rank: int, world_size: int, numel: int) -> list[Step]:
+    """All-reduce of ``numel`` elements between any number of ranks, as ``rank`` sees it."""
+    core = 1 << (world_size.bit_length() - 1)
+    if rank >= core:
+        whole = Message(rank - core, 0, numel)
+        return [Step(outgoing=whole, adds=True), Step(incoming=whole, adds=False)]
+    steps = halving_doubling_steps(rank, core, numel)
+    if rank + core < world_size:
+        whole = Message(rank + core, 0, numel)
+        return [Step(incoming=whole, adds=True), *steps, Step(outgoing=whole, adds=False)]
+    return steps
 
 
 def halving_doubling_steps(rank: int, world_size: int, numel: int) -> list[Step]:
