@@ -43,7 +43,7 @@ class StopOnSignal(Callback):
     def __init__(self) -> None:
         self._listener: SignalListener | None = None
         self._agreement: StopAgreement | None = None
-        self._steps = self._global_step = 0
+        self._global_step = 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -54,7 +54,6 @@ class StopOnSignal(Callback):
         self._agreement = StopAgreement(run_store(strategy), trainer.global_rank if trains else None, _margin(strategy))
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
             self._listener = SignalListener(_SIGNALS, self._agreement.ask)
-        self._steps = 0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -69,9 +68,8 @@ class StopOnSignal(Callback):
         if trainer.global_step == self._global_step:  # gradients only accumulate: ranks are not in step
             return
         self._global_step = trainer.global_step
-        self._steps += 1
         assert self._agreement is not None
-        if (signum := self._agreement.due(self._steps)) is not None:
+        if (signum := self._agreement.due(self._global_step)) is not None:
             self._stop(trainer, signum)
 
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:

@@ -28,6 +28,7 @@ from ..comm.stop import StopAgreement
 from ..comm.tracer import Tracer
 from ..errors import StoppedBySignal, UserError
 from ..processes import is_supervised
+from .continuation import Continuation
 from .last_words import last_words, take_over
 from .metric_sync import MetricSync
 from .rendezvous import roll_call
@@ -39,8 +40,7 @@ from .server_refusals import refuse_optimizers, refuse_settings, warn_of_no_effe
 from .server_tensorboard import announce
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
-from .worker_loss import Heartbeat, LostWorkers
-from .worker_return import WorkerReturn, ask_for_position, incarnation
+from .worker_return import ask_for_position, incarnation
 
 _BYE_LINGER_MS = 60_000
 """How long a worker that leaves may take to hand over the weights. It ends as soon as they are sent."""
@@ -134,11 +134,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
         self.steps_together = self._options.is_sync
         self.in_lockstep = self.steps_together and not self._options.goes_on
         self.workers_may_be_lost = self._options.goes_on
-        self._lost: LostWorkers | None = None
-        self._heartbeat: Heartbeat | None = None
-        self._counted: dict[tuple[int, int], int] = {}
         self.incarnation = incarnation()
-        self._return: WorkerReturn | None = None
+        self._continuation: Continuation | None = None
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._connection: ServerConnection | None = None
@@ -212,15 +209,14 @@ class ParameterServerStrategy(ServedWorldStrategy):
         store, timeout_s = dist.PrefixStore("workers", self._store), self.step_timeout.total_seconds()
         stopped = StopAgreement(self._store, None, None).decided
         if self._options.goes_on:
-            self._lost = LostWorkers(self._store, self.world_size)
-            self._heartbeat = Heartbeat(self._store, self.global_rank, self.incarnation)
+            self._continuation = Continuation(self._store, self.global_rank, self.world_size)
         control = StoreControlPlane(
             store, self.global_rank, self.world_size, timeout_s, self._progress, stopped, self.lost_ranks
         )
         self._metric_sync = MetricSync(control.gather_tensors)
-        if self._lost is not None:
-            self._return = WorkerReturn(
-                *(self._store, self.global_rank, self._lost, control),
+        if self._continuation is not None:
+            self._continuation.agree_through(
+                control,
                 admit=lambda worker: self._client.admit(worker) if self._client is not None else None,
                 join=lambda: self._agree_through(control),
             )
@@ -250,15 +246,11 @@ class ParameterServerStrategy(ServedWorldStrategy):
 
     def losses(self) -> list[Loss]:
         """Workers that the run has gone on without."""
-        return self._lost.losses() if self._lost is not None else []
+        return self._continuation.losses() if self._continuation is not None else []
 
     def lost_ranks(self) -> set[int]:
-        """Workers that this one does not agree with on anything: lost ones, and new processes not counted in yet."""
-        if self._return is None:
-            return set()
-        if not self._return.is_member:
-            return set(range(self.world_size)) - {self.global_rank}
-        return self._return.lost_ranks()
+        """See :meth:`.Continuation.lost_ranks`."""
+        return self._continuation.lost_ranks() if self._continuation is not None else set()
 
     def _progress(self) -> bytes:
         return self._store.get(PROGRESS_KEY) if self._store.check([PROGRESS_KEY]) else b""
@@ -289,8 +281,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
         super().setup(trainer)
         if self._client is None:
             self._client = self._connect([], [])  # an evaluation: optimizers of an earlier fit are not served
-        if self._return is not None and trainer.state.fn == TrainerFn.FITTING:
-            trainer.callbacks.insert(0, self._return)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._continuation is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._continuation.attach(trainer)
         if self._metric_sync is not None and self.incarnation == 0:
             assert self.lightning_module is not None
             self._metric_sync.attach(self.lightning_module)
@@ -300,9 +292,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
         super().teardown()
         if self._metric_sync is not None:
             self._metric_sync.detach()
-        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        if trainer is not None and self._return in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            trainer.callbacks.remove(self._return)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._continuation is not None and self.lightning_module is not None:
+            self._continuation.detach(self.lightning_module.trainer)
 
     def _named_parameters(self) -> list[list[tuple[str, Tensor]]]:
         """Per optimizer, its parameters in order with their names in the module."""
@@ -388,25 +379,16 @@ class ParameterServerStrategy(ServedWorldStrategy):
 
     @override
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._lost is not None:
+        if self._continuation is not None:
             assert self._client is not None
             self._client.count_samples(extract_batch_size(batch))
         return super().training_step(batch, *args, **kwargs)
 
     def samples_since_last_call(self) -> int:
-        """How many all workers have trained on, lost ones included as far as they pushed; blocks, called on all."""
+        """See :meth:`.Continuation.samples_since_last_call`."""
         assert self._client is not None
-        own = f"{self.global_rank} {self.incarnation} {self._client.num_samples}".encode()
-        said = [tuple(map(int, data.split())) for data in self.control.all_gather_bytes(own)]
-        counts = {(rank, number): count for rank, number, count in said}
-        assert self._return is not None
-        if not self._return.is_member:
-            self._return.tell_samples(self._client.num_samples)
-        elif self.is_global_zero:
-            counts |= self._return.samples_of_others()
-        counts |= {(loss.worker, loss.incarnation): loss.samples for loss in self.losses()}
-        before, self._counted = self._counted, counts
-        return sum(count - before.get(one, 0) for one, count in counts.items())
+        assert self._continuation is not None
+        return self._continuation.samples_since_last_call(self._client, self.control)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -568,13 +550,10 @@ class ParameterServerStrategy(ServedWorldStrategy):
         self._close(_BYE_LINGER_MS)
 
     def _close(self, linger_ms: int) -> None:
-        if self._heartbeat is not None and self._lost is not None:
-            self._heartbeat.stop()
-            self._lost.close()
-        if self._return is not None:
-            self._return.close()
+        if self._continuation is not None:
+            self._continuation.close()
         if self._client is not None:
             self._client.release()
         if self._connection is not None:
             self._connection.close(linger_ms)
-        self._connection = self._client = self._heartbeat = None
+        self._connection = self._client = None

@@ -21,6 +21,7 @@ from ..packing import tensor_bytes
 from .applier import Applier
 from .protocol import Kind, Message, ProtocolError
 from .server import ParameterServer
+from .worker_memory import attach_all, attach_one
 
 
 @final
@@ -79,14 +80,14 @@ class AsyncServer(ParameterServer):
     @override
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
         super()._take_memory(worker, memory)
-        self._inboxes[worker] = self._attach(memory.get("inbox", []))
+        self._inboxes[worker] = attach_all(memory.get("inbox", []), self.served)
 
     @override
     def _take_grown_memory(
         self, worker: int, number: int, first: int, specs: list[BufferSpec], memory: dict[str, Any]
     ) -> None:
         super()._take_grown_memory(worker, number, first, specs, memory)
-        self._inboxes[worker][number] += self._attach_one(memory.get("inbox"), specs)
+        self._inboxes[worker][number] += attach_one(memory.get("inbox"), specs)
 
     @override
     def _grow(self, worker: int, message: Message) -> None:
@@ -160,7 +161,7 @@ class AsyncServer(ParameterServer):
     @override
     def _reply(self, worker: int, number: int, bucket_index: int, start: int, values: Tensor) -> Any:
         """A copy: the next step may come before the worker has read it."""
-        if not self._shared:
+        if self._memory is None:
             return bytes(tensor_bytes(values.cpu()))
         self._inboxes[worker][number][bucket_index][start : start + len(values)].copy_(values)
         return None

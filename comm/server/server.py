@@ -25,9 +25,10 @@ from .ledger import Ledger, LossWatch, identity
 from .links import RouterLink
 from .protocol import Kind, Message, ProtocolError, first_difference, table_of
 from .served import ServedOptimizer
-from .shared_buckets import SharedBuffers, attach
+from .shared_buckets import SharedBuffers
 from .statistics import ServerStatistics
 from .wire import check_parameters
+from .worker_memory import WorkerMemory
 
 _POLL_MS = 200
 _LOOK_S = 0.25
@@ -85,15 +86,13 @@ class ParameterServer(ABC):
         self._timeout_s = timeout_s
         self._watch = watch
         self._on_step = on_step
-        self._shared = [SharedBuffers(num_workers + 1) for _ in optimizers] if shared else None
-        allocators = [s.allocate for s in self._shared] if self._shared else [None] * len(optimizers)
+        self._memory = WorkerMemory(len(optimizers), num_workers + 1) if shared else None
+        allocators = self._memory.allocators if self._memory else [None] * len(optimizers)
         self.served: list[ServedOptimizer] = [
             self._serve_optimizer(optimizer, [p for _, p in named], part_mib, allocate)
             for optimizer, named, allocate in zip(optimizers, named_parameters, allocators, strict=True)
         ]
         self._growths = Growths(self.served, by_name or {})
-        self._pushed: dict[int, list[list[Tensor]]] = {}
-        """Per worker and optimizer, the shared buffers to which it writes its gradients."""
         self._init_parts = {
             (number, bucket.index(), part)
             for number, served in enumerate(self.served)
@@ -323,7 +322,7 @@ class ParameterServer(ABC):
         if difference is not None:
             self.lose(worker, f"trains another model than the server: {difference}")
             return
-        if self._shared:
+        if self._memory:
             self._take_memory(worker, message.info["memory"] or {})
         if self._has_begun:
             self._send(worker, self._welcome_of(worker))
@@ -351,7 +350,7 @@ class ParameterServer(ABC):
                 self._send(worker, self._welcome_of(worker))
 
     def _welcome_of(self, worker: int) -> Message:
-        memory = [shared.handle() for shared in self._shared] if self._shared else None
+        memory = self._memory.handles() if self._memory else None
         return Message(Kind.WELCOME, info={"memory": memory, "steps": self._steps_of(worker)})
 
     def _steps_of(self, worker: int) -> int:
@@ -360,36 +359,14 @@ class ParameterServer(ABC):
 
     def _take_memory(self, worker: int, memory: dict[str, Any]) -> None:
         """A worker tells where its memory is."""
-        self._pushed[worker] = self._attach(memory.get("pushed", []))
-        for served, buffers in zip(self.served, self._pushed[worker], strict=True):
-            served.attach(worker, buffers)
-
-    def _attach(self, handles: list[dict[str, Any]]) -> list[list[Tensor]]:
-        """A worker's buffers, per optimizer."""
-        if not isinstance(handles, list) or len(handles) != len(self.served):
-            raise ProtocolError(f"a worker describes memory that cannot be mapped: {handles!r}")
-        return [self._attach_one(h, served.layout.specs) for h, served in zip(handles, self.served, strict=True)]
-
-    @staticmethod
-    def _attach_one(handle: Any, specs: list[BufferSpec]) -> list[Tensor]:
-        try:
-            return attach(handle, specs)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"a worker describes memory that cannot be mapped: {error!r}") from error
+        assert self._memory is not None
+        self._memory.take(worker, memory, self.served)
 
     def _payload(self, worker: int, message: Message) -> Any:
         """The bytes that came with a message, or that it says are in the worker's shared memory."""
-        if not self._shared:
+        if self._memory is None:
             return message.payload
-        layout = self.served[message.optimizer].layout
-        try:
-            bucket = layout.buckets[message.bucket]
-            start, end = layout.parts(bucket)[message.part]
-        except IndexError:
-            raise ProtocolError(f"worker {worker} names bucket {message.bucket} part {message.part}: no such") from None
-        if message.kind == Kind.INIT and layout.is_narrowed(bucket):
-            return message.payload  # unrounded values have no place in the shared memory
-        return tensor_bytes(self._pushed[worker][message.optimizer][message.bucket][start:end])
+        return self._memory.payload(worker, message, self.served[message.optimizer])
 
     def _count_step(self, times: dict[str, float]) -> None:
         self.statistics.count_step(times)
@@ -404,7 +381,7 @@ class ParameterServer(ABC):
             self._take_in(worker, message, request)
         first, handle = self._growths.attach(worker, number)
         specs = self.served[number].layout.specs[first : len(self.served[number].buckets_of(worker))]
-        if self._shared and specs:
+        if self._memory and specs:
             self._take_grown_memory(worker, number, first, specs, message.info["memory"] or {})
         self._send(worker, Message(Kind.GROWN, number, info=handle))
 
@@ -412,15 +389,14 @@ class ParameterServer(ABC):
         """Nobody has asked for this before."""
         joining = self._growths.check(worker, message.optimizer, request, len(message.payload))
         self._names |= {p: name for name, p in joining.named}
-        memory = SharedBuffers(self._num_workers + 1) if self._shared else None
+        memory = SharedBuffers(self._num_workers + 1) if self._memory else None
         self._growths.grow(message.optimizer, request, joining, message.payload, memory)
 
     def _take_grown_memory(
         self, worker: int, number: int, first: int, specs: list[BufferSpec], memory: dict[str, Any]
     ) -> None:
-        pushed = self._attach_one(memory.get("pushed"), specs)
-        self._pushed[worker][number] += pushed
-        self.served[number].attach(worker, pushed, first)
+        assert self._memory is not None
+        self._memory.take_grown(worker, number, first, specs, memory, self.served[number])
 
     # -- values ----------------------------------------------------------------------------------------------
 
@@ -505,8 +481,8 @@ class ParameterServer(ABC):
             for group in aggregator.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.data = parameter.data.clone()
-        for shared in self._shared or []:
-            shared.seal()
+        if self._memory is not None:
+            self._memory.seal()
         self._growths.seal()
 
 

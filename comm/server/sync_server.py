@@ -131,7 +131,7 @@ class SyncServer(ParameterServer):
     @override
     def _reply(self, worker: int, number: int, bucket_index: int, start: int, values: Tensor) -> Any:
         """Without a copy: workers push the next step only after they have received all of this one."""
-        return None if self._shared else tensor_bytes(values.cpu())
+        return None if self._memory is not None else tensor_bytes(values.cpu())
 
     def _finish_step(self, number: int) -> None:
         aggregator = self.served[number]
