@@ -20,10 +20,18 @@ class RankFailed(AssertionError):
     """At least one rank raised, exited non-zero or did not end in time; the message holds every rank's output."""
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """One that nobody uses, another each time."""
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -82,7 +90,7 @@ def _wait(pids: dict[int, int], deadline: float) -> dict[int, int | None]:
     return codes
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 100) -> list[Any]:
     """Call ``fn(rank, *args)`` on ``world_size`` processes of one gloo world; return the results in rank order.
 
     Raises:
