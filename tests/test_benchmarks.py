@@ -53,7 +53,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / name), *arguments], capture_output=True, text=True, timeout=600
+        [sys.executable, str(BENCHMARKS / name), *arguments], capture_output=True, text=True, timeout=850
     )
 
 
