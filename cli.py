@@ -23,6 +23,10 @@ from .processes import await_children, die_with_parent, is_started_by_rank_zero,
 from .supervisor import go_on_supervised
 
 _CHILD_PATIENCE_S = 10.0
+_CAUSE_S = 2.0
+"""How long whoever lost a peer waits for it to say why: it may still be tidying up."""
+_CAUSE_SUPERVISED_S = 10.0
+"""The same where a supervisor tells of the failure, if nobody else does, and ends this process then."""
 
 _COMMANDS = {
     "fit": "train, under the strategy that --trainer.strategy names",
@@ -128,7 +132,8 @@ def _guarded(run: Callable[[], Any], leave_hard: bool = False) -> None:
 def _tell(error: Exception, records: FailureRecords) -> None:
     from .explain import is_consequence, one_line
 
-    if is_consequence(error) and (first := records.first(patience_s=2.0)) is not None:
+    patience_s = _CAUSE_SUPERVISED_S if is_supervised() else _CAUSE_S
+    if is_consequence(error) and (first := records.first(patience_s)) is not None:
         if not is_supervised():  # torchrun may write each process's lines to a file of its own
             print(f"gradsync: another process failed first ({first})", file=sys.stderr)
         return

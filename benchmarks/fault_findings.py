@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
+from busy import ALLOWED_WHEN_BUSY
 from fault_columns import Column, Job
 from fault_process import Ending, Run
 
 STEP_TIMEOUT_S = 10.0
 """Of trials in which a rank waits for one that does not come."""
 Fact = bool | int | float | str
-_BUSY_LOAD = 3.0
-_ALLOWED_WHEN_BUSY = 3
 _AS_USUAL: dict[str, Fact] = {"orphans": 0, "ended by itself": True}
 """Said only if it was otherwise in a trial."""
 
@@ -53,9 +51,9 @@ class Findings:
         if value > bound:
             self.misses.append(f"{name}: {value:.3g}, should be at most {bound:g}")
 
-    def quickly(self, name: str, seconds: float, bound_s: float) -> None:
+    def quickly(self, name: str, seconds: float, bound_s: float, was_busy: bool) -> None:
         """As `at_most`, three times as long on a busy machine."""
-        self.at_most(f"{name}, s", seconds, bound_s * (_ALLOWED_WHEN_BUSY if os.getloadavg()[0] >= _BUSY_LOAD else 1))
+        self.at_most(f"{name}, s", seconds, bound_s * (ALLOWED_WHEN_BUSY if was_busy else 1))
 
     def ended(self, ending: Ending, bound_s: float | None = None, fails: bool | None = True) -> None:
         """What every trial looks at.
@@ -68,7 +66,7 @@ class Findings:
         if not ending.hung:
             self.saw("exit code", str(ending.code))
             if bound_s is not None:
-                self.quickly("all out", ending.seconds, bound_s)
+                self.quickly("all out", ending.seconds, bound_s, ending.was_busy)
         if fails is not None and (ending.code != 0) != fails:
             self.misses.append(f"exit code {ending.code}")
         self.at_most("orphans", ending.orphans, 0)

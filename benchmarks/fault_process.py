@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from busy import Busy
 from fault_models import FAULT_AT
 
 _MARK = "GRADSYNC_FAULT_TRIAL"
@@ -56,6 +57,8 @@ class Ending:
     orphans: int
     orphans_s: float
     """How long they lived on."""
+    was_busy: bool
+    """The machine, with other things."""
 
 
 @final
@@ -87,11 +90,13 @@ class Run:
                 command, cwd=work, env=clean | own | (environment or {}), stdout=output, stderr=output,
                 stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_as_in_a_terminal,
             )  # fmt: skip
+        self._busy = Busy()
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._busy.stop()
         self.kill()
 
     # -- what is going on ------------------------------------------------------------------------------------
@@ -165,16 +170,17 @@ class Run:
             now = time.monotonic()
             if leader_out is None and self._leader.poll() is not None:
                 leader_out = now
-            if leader_out is not None and now > leader_out + _GRACE_S:
+            if leader_out is not None and now > leader_out + self._busy.bound_s(_GRACE_S, leader_out):
                 orphans = max(orphans, len(left))
             if now > deadline:
+                orphans = max(orphans, len(left)) if leader_out is not None else orphans
                 self.kill()
                 break
             time.sleep(_POLL_S)
         out = time.monotonic()
         since = since if since is not None else self._last_fault() if FAULT_AT in self.output else self.started_at
         lived_on = out - leader_out if orphans and leader_out is not None else 0.0
-        return Ending(out - since, self._leader.wait(10), bool(left), orphans, lived_on)
+        return Ending(out - since, self._leader.wait(10), bool(left), orphans, lived_on, self._busy.since(since))
 
     # -- what is left ----------------------------------------------------------------------------------------
 

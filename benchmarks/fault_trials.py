@@ -147,14 +147,15 @@ def restarted(bench: Bench, case: str) -> Findings:
     )
     with bench.run(job) as run:
         killed_at = run.fault_at()
-        found.ended(run.end(limit_s=120), fails=False)
+        ending = run.end(limit_s=120)
+        found.ended(ending, fails=False)
         attempts = _attempts(run.steps(first))
         found.should("trains again", len(attempts) == 2)
         if len(attempts) == 2:
             begins = attempts[1][0]
             found.should("goes on from the checkpoint", begins.number == 10)
             found.at_most("steps lost", 13 - begins.number, per_epoch)
-            found.quickly("gap", begins.at - killed_at, 30)
+            found.quickly("gap", begins.at - killed_at, 30, ending.was_busy)
         found.left_nothing(run)
     return found
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _NUM_SAMPLES = 100
-_PATIENCE_S = 3.0
+_PATIENCE_S = 10.0
 """For a message that takes a second at most, on a machine that may be busy."""
 _FLAT_KIB = 16 * 1024
 

@@ -26,6 +26,7 @@ from .run_store import run_store
 _BEAT_S = 0.25
 _SILENT_S = 2.0
 """How long a process says nothing that is taken for gone, once a collective has failed."""
+_SILENT_LOOKS = round(_SILENT_S / _BEAT_S)
 _LOST_STORE = (dist.DistError, RuntimeError)
 _FIRST = "first"
 
@@ -113,15 +114,20 @@ class _ChannelEnd:
                     self.post(*here.split(": ", 1))
 
     def _silent(self) -> list[int]:
-        """Ranks whose beat has stopped; blocks until there are some, or the first failure is known."""
-        since = {rank: (b"", time.monotonic()) for rank in range(self._world_size)}
-        deadline = time.monotonic() + 2 * _SILENT_S
-        while time.monotonic() < deadline and not self._store.check([_FIRST]):
-            for rank, (beat, _) in since.items():
+        """Ranks whose beat has stopped; blocks until there are some, or the first failure is known.
+
+        Looks are counted, and not seconds: a machine that stands still for a while makes nobody silent.
+        """
+        beats = {rank: b"" for rank in range(self._world_size) if rank != self._rank}
+        heard_at = dict.fromkeys(beats, 0)
+        for look in range(2 * _SILENT_LOOKS):
+            if self._store.check([_FIRST]):
+                break
+            for rank, beat in beats.items():
                 key = f"beat of {rank}"
                 if self._store.check([key]) and (now := self._store.get(key)) != beat:
-                    since[rank] = (now, time.monotonic())
-            silent = [r for r, (beat, at) in since.items() if beat != b"ended" and time.monotonic() - at > _SILENT_S]
+                    beats[rank], heard_at[rank] = now, look
+            silent = [r for r, beat in beats.items() if beat != b"ended" and look - heard_at[r] >= _SILENT_LOOKS]
             if silent:
                 return silent
             time.sleep(_BEAT_S)

@@ -9,10 +9,15 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+sys.path.append(str(TESTS.parent / "benchmarks"))
+from busy import Busy  # noqa: E402 (the same measure as theirs)
+
 _MARK = "GRADSYNC_TEST_RUN"
 
 
@@ -24,6 +29,13 @@ class Ended:
     output: str
     orphans: list[str]
     seconds: float
+    at: float
+    """When it had ended, of ``time.monotonic``."""
+    busy: Busy
+
+    def within(self, seconds: float, since: float) -> bool:
+        """Whether that was in time, three times as late on a busy machine; ``since`` it was to end."""
+        return self.at - since < self.busy.bound_s(seconds, since)
 
 
 def _marked(mark: str) -> dict[int, str]:
@@ -44,24 +56,33 @@ def _send(number: signal.Signals, target: str, leader: int, mark: str) -> None:
         return
     processes = {"launcher": leader}
     for pid in _marked(mark):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        rank = next((line.partition("=")[2] for line in environment if line.startswith("LOCAL_RANK=")), None)
-        if rank is not None:
-            processes[rank] = pid
-        elif Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == str(leader):
-            processes["0"] = pid  # forked by the supervisor, which does not know of ranks
+        with suppress(OSError):  # ended meanwhile
+            environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+            rank = next((line.partition("=")[2] for line in environment if line.startswith("LOCAL_RANK=")), None)
+            if rank is not None:
+                processes[rank] = pid
+            elif Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == str(leader):
+                processes["0"] = pid  # forked by the supervisor, which does not know of ranks
     os.kill(processes[target], number)
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def run_command(
     command: list[str],
     cwd: Path,
-    timeout_s: float = 120,
+    timeout_s: float = 240,
     orphan_grace_s: float = 3.0,
     interrupt_at: str | None = None,
     signal_at: tuple[str, signal.Signals, str] | None = None,
 ) -> Ended:
     """Run to the end, stdout and stderr together; orphans are what still lives ``orphan_grace_s`` later.
+
+    The limit is below that of a step, 300 s: whoever waits for a step in vain is killed.
 
     ``interrupt_at``: press Ctrl-C, as in a terminal, when this text appears. ``signal_at``: at a text, send a signal to
     all (``"group"``), to the started process
@@ -84,12 +105,11 @@ def run_command(
         # A suite that a shell runs in the background ignores SIGINT, and so would what it starts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    late = threading.Event()
+    busy, late = Busy(), threading.Event()
 
     def stop() -> None:
         late.set()
-        for pid in _marked(mark):
-            os.kill(pid, signal.SIGKILL)
+        _kill(_marked(mark))
 
     limit = threading.Timer(timeout_s, stop)
     limit.start()
@@ -106,16 +126,15 @@ def run_command(
                 signal_at = None
     code = process.wait()
     limit.cancel()
-    seconds = time.monotonic() - start
-    deadline = time.monotonic() + orphan_grace_s
-    while (orphans := _marked(mark)) and time.monotonic() < deadline:
+    at = time.monotonic()
+    while (orphans := _marked(mark)) and time.monotonic() < at + busy.bound_s(orphan_grace_s, at):
         time.sleep(0.1)
-    for pid in orphans:
-        os.kill(pid, signal.SIGKILL)
-    return Ended(None if late.is_set() else code, "".join(lines), list(orphans.values()), seconds)
+    busy.stop()
+    _kill(orphans)
+    return Ended(None if late.is_set() else code, "".join(lines), list(orphans.values()), at - start, at, busy)
 
 
-def gradsync(*arguments: str, cwd: Path, timeout_s: float = 120, interrupt_at: str | None = None) -> Ended:
+def gradsync(*arguments: str, cwd: Path, timeout_s: float = 240, interrupt_at: str | None = None) -> Ended:
     """``gradsync ARGUMENTS`` in ``cwd``."""
     command = [sys.executable, "-m", "gradsync", *arguments]
     return run_command(command, cwd, timeout_s, interrupt_at=interrupt_at)

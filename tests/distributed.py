@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -20,10 +21,18 @@ class RankFailed(AssertionError):
     """At least one rank raised, exited non-zero or did not end in time; the message holds every rank's output."""
 
 
+_BELOW_EPHEMERAL = range(20_000, 32_000)
+"""The kernel gives none of these to a connection that asks for any, as it may do between here and the port's use."""
+_ports = iter(random.SystemRandom().sample(_BELOW_EPHEMERAL, len(_BELOW_EPHEMERAL)))
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """One that nobody uses, another each time."""
+    for port in _ports:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -83,7 +92,7 @@ def _wait(pids: dict[int, int], deadline: float) -> dict[int, int | None]:
 
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60, killed: Collection[int] = ()
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 100, killed: Collection[int] = ()
 ) -> list[Any]:
     """Call ``fn(rank, *args)`` on ``world_size`` processes of one gloo world; return the results in rank order.
 

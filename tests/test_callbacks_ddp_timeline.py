@@ -97,7 +97,7 @@ def late_peer(rank: int, wait_s: float) -> float:
 
 
 def test_waiting_for_a_late_peer_is_exposed() -> None:
-    exposed_ms, _ = run_distributed(late_peer, 2, 0.5)
+    exposed_ms, _ = run_distributed(late_peer, 2, 1.0)
     assert exposed_ms >= 100.0
 
 

@@ -11,7 +11,6 @@ import resource
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,8 +231,6 @@ def test_hierarchical_names_what_would_do_on_one_host() -> None:
 
 # -- failures ------------------------------------------------------------------------------------------------
 
-_NOTICED_WITHIN_S = 2.0
-
 
 def _share(group: dist.ProcessGroup) -> tuple[SharedMemoryAllReduce, list[Bucket]]:
     """Shared memory in use: every bucket has been summed once."""
@@ -244,11 +241,9 @@ def _share(group: dist.ProcessGroup) -> tuple[SharedMemoryAllReduce, list[Bucket
 
 
 def _notice_that_rank_1_is_lost(algorithm: SharedMemoryAllReduce, buckets: list[Bucket]) -> None:
-    began = time.monotonic()
     for future in [algorithm.start(bucket) for bucket in buckets]:
         with pytest.raises(PeerLost, match="rank 1"):
             future.wait()
-    assert time.monotonic() - began < _NOTICED_WITHIN_S
     algorithm.close()
     print("noticed", flush=True)
 

@@ -172,7 +172,7 @@ class _World:
         self.sockets = [self.context.socket(zmq.ROUTER)]
         self.sockets[0].bind("inproc://server")
         self.server = AsyncServer(
-            *(self.sockets[0], [_sgd(self.named)], [self.named], num_workers, 5.0, PART_MIB),
+            *(self.sockets[0], [_sgd(self.named)], [self.named], num_workers, 60.0, PART_MIB),
             *(lambda: None, lambda _: None),
             shared=shared,
             **options,
@@ -193,11 +193,11 @@ class _World:
         socket.connect("inproc://server")
         self.sockets.append(socket)
         sharing = self.num_workers if self.shared else None
-        common = (socket, [named], rank, 5.0, PART_MIB, Timeline())
+        common = (socket, [named], rank, 60.0, PART_MIB, Timeline())
         return WorkerClient(*common, sharing_workers=sharing, in_lockstep=False)
 
     def close(self) -> None:
-        self.thread.join(10)
+        self.thread.join(65)
         assert not self.thread.is_alive()
         for socket in self.sockets:
             socket.close(0)

@@ -177,7 +177,7 @@ class _World:
         self,
         num_workers: int,
         server_named: Any = None,
-        timeout_s: float = 5.0,
+        timeout_s: float = 60.0,
         shared: bool = False,
         in_place: bool = False,
     ) -> None:
@@ -196,7 +196,7 @@ class _World:
     def _serve(self) -> None:
         optimizers = [_sgd(self.server_named)]
         tables = [self.server_named]
-        server = SyncServer(
+        self.server = server = SyncServer(
             *(self.socket, optimizers, tables, self.num_workers, self.timeout_s, 0.001, lambda: None, lambda _: None),
             shared=self.shared,
         )
@@ -269,8 +269,9 @@ def test_another_model_is_refused_by_the_first_different_name(one_worker: _World
 
 
 def test_a_worker_that_does_not_push_is_named() -> None:
-    world = _World(2, timeout_s=1.0)
+    world = _World(2)
     named, clients = world.start_two()
+    world.server._timeout_s = 0.5
     for _, parameter in named[0]:
         parameter.grad = torch.ones_like(parameter)
     with pytest.raises(ServerFailed, match=r"worker\(s\) 1 did not push"):

@@ -32,13 +32,15 @@ def test_overlapping_spans_count_once_and_bytes_add_up() -> None:
 
 def test_exposed_is_the_wait_after_the_last_gradient() -> None:
     timeline = Timeline()
+    before = time.perf_counter()
     timeline.gradients_ready()
     time.sleep(0.02)
     timeline.synchronized()
+    waited_ms = 1e3 * (time.perf_counter() - before)
     time.sleep(0.02)  # not waiting any more
     step = timeline.take_step()
     assert step is not None
-    assert 20 <= step.exposed_ms < 40
+    assert 20 <= step.exposed_ms <= waited_ms
 
 
 def test_a_servers_optimizer_time_is_taken_out() -> None:

@@ -55,7 +55,7 @@ class _Run:
         optimizer = torch.optim.SGD([p for _, p in self.served], lr=lr, momentum=0.9)
         server_type = SyncServer if kind == "sync" else AsyncServer
         self.server = server_type(
-            *(socket, [optimizer], [self.served], num_workers, 5.0, PART_MIB, lambda: None, lambda _: None),
+            *(socket, [optimizer], [self.served], num_workers, 60.0, PART_MIB, lambda: None, lambda _: None),
             shared=shared,
             wire_dtype=wire_dtype if server_wire_dtype == "the same" else server_wire_dtype,
         )
@@ -76,7 +76,7 @@ class _Run:
         self.sockets.append(socket)
         self.timeline = Timeline()
         return WorkerClient(
-            *(socket, [self.replicas[rank]], rank, 5.0, PART_MIB, self.timeline, None),
+            *(socket, [self.replicas[rank]], rank, 60.0, PART_MIB, self.timeline, None),
             *(num_workers if shared else None, in_lockstep, wire_dtype),
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -236,12 +235,11 @@ def raises(state: Any, bucket: Any) -> Any:
 
 def _use_hook(rank: int, hook: Any, state: Any) -> Any:
     net = _model()
-    start = time.monotonic()
     try:
         reducer = reducer_for(net, comm_hook=hook, comm_state=state)
         _train(net, net, 1, reducer.backward_pass)
     except Exception as error:
-        return type(error), str(error), time.monotonic() - start
+        return type(error), str(error)
 
 
 @pytest.mark.parametrize(
@@ -262,20 +260,18 @@ def _use_hook(rank: int, hook: Any, state: Any) -> Any:
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_bad_hook_is_named_on_all_ranks(hook: Any, state: Any, text: str) -> None:
-    for kind, message, seconds in _run(_use_hook, hook, state):
+    for kind, message in _run(_use_hook, hook, state):
         assert kind is BadHook
         assert re.search(text, message)
-        assert seconds < 2
 
 
 def test_an_error_in_a_hook_reaches_the_training_loop() -> None:
-    for _, message, seconds in _run(_use_hook, raises, None):
+    for _, message in _run(_use_hook, raises, None):
         assert "a mistake in the hook" in message
-        assert seconds < 2
 
 
 def _bad_on_one_rank(rank: int) -> Any:
-    return _use_hook(rank, "bf16" if rank else "nonsense", None)[:2]
+    return _use_hook(rank, "bf16" if rank else "nonsense", None)
 
 
 def test_a_hook_that_one_rank_lacks_fails_on_all() -> None:
@@ -356,18 +352,16 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 def _mismatch(rank: int, case: str) -> Any:
     net = OTHERS[case][0]() if rank == 1 else nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5))
-    start = time.monotonic()
     try:
         reducer_for(net)
     except ModelMismatch as error:
-        return str(error), time.monotonic() - start
+        return str(error)
 
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_ranks_with_different_models_all_say_where(case: str) -> None:
-    for message, seconds in _run(_mismatch, case, world_size=3):
+    for message in _run(_mismatch, case, world_size=3):
         assert re.search(OTHERS[case][1], message)
-        assert seconds < 2
 
 
 # -- the size of buckets -----------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_a_failed_run_leaves_the_results_of_the_others(tmp_path: Path) -> None:
         *("--batch-size", "4", "--workers", "0", "--", "--trainer.strategy.transport", "naive"),
         *("--model.arch", "resnet18", "--trainer.limit_train_batches", "7", "--trainer.limit_val_batches", "1"),
         cwd=tmp_path,
-        timeout_s=240,
+        timeout_s=800,
     )
     out = tmp_path / "out"
     assert ended.code == 1, ended.output

@@ -20,7 +20,7 @@ from training import Mlp, make_data, make_strategy, make_trainer, num_processes,
 from gradsync.callbacks import CommunicationMonitor, Dashboard, RunSummary
 
 STRATEGIES = ("ddp", "manual_allreduce", "parameter_server")
-_PATIENCE_S = 60
+_PATIENCE_S = 240
 _TEXT_OF_THE_PAGE = """
     const texts = [];
     const visit = node => {
@@ -64,7 +64,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 @pytest.fixture(scope="module")

@@ -54,14 +54,16 @@ def test_a_run_folder_that_cannot_be_written_is_found_before_anything_else() -> 
 
 
 def test_a_store_that_went_with_its_host_is_a_lost_peer() -> None:
-    reader, writer = os.pipe()
+    (port, told), (connected, tell) = os.pipe(), os.pipe()
     if (host := os.fork()) == 0:
         served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        os.write(writer, str(served.port).encode())
-        time.sleep(0.5)
+        os.write(told, str(served.port).encode())
+        os.read(connected, 1)
+        time.sleep(0.3)  # most often the other waits by now; it may as well ask one that has gone
         os._exit(1)
-    store = dist.TCPStore("127.0.0.1", int(os.read(reader, 16)), is_master=False, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", int(os.read(port, 16)), is_master=False, wait_for_workers=False)
+    os.write(tell, b".")
     with pytest.raises(dist.DistError) as caught:
-        store.wait(["never"], timedelta(seconds=20))
+        store.wait(["never"], timedelta(seconds=60))
     os.waitpid(host, 0)
     assert is_consequence(caught.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,12 +324,10 @@ def test_the_options_are_those_of_the_trainers_strategy() -> None:
 
 def _set_up(rank: int, options: dict[str, Any], num_models: int = 1, width: int = 3) -> str:
     fabric = _launched(FabricManualAllReduceStrategy(**options))
-    start = time.monotonic()
     for _ in range(num_models - 1):
         fabric.setup_module(nn.Linear(3, 3))
     with pytest.raises(UserError) as caught:
         fabric.setup_module(nn.Linear(3, width + rank * (width - 3)))
-    assert time.monotonic() - start < 2
     return str(caught.value)
 
 

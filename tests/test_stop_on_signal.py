@@ -31,9 +31,7 @@ def _endless(strategy: str, devices: int) -> list[str]:
 
 
 def _stop(arguments: list[str], cwd: Path, number: signal.Signals, target: str) -> Ended:
-    return run_command(
-        [sys.executable, "-m", "gradsync", *arguments], cwd, signal_at=("epoch 2/", number, target), orphan_grace_s=1.0
-    )
+    return run_command([sys.executable, "-m", "gradsync", *arguments], cwd, signal_at=("epoch 2/", number, target))
 
 
 @pytest.mark.parametrize(
