@@ -48,7 +48,9 @@ class FailureChannel(Callback):
         strategy, apart = trainer.strategy, trainer.num_nodes > 1 or not is_supervised()
         if isinstance(strategy, ServedWorldStrategy):
             if trainer.num_nodes > 1:
-                self._end = _ChannelEnd(strategy.store, strategy.process_rank, strategy.num_all, strategy.name)
+                # The parameter server passes on what has failed, in good order: first let it.
+                of_all = strategy.process_rank, strategy.num_all
+                self._end = _ChannelEnd(strategy.store, *of_all, strategy.name, _SILENT_S)
         elif apart and trainer.world_size > 1 and dist.is_initialized():
             rank = trainer.global_rank
             self._end = _ChannelEnd(run_store(strategy), rank, trainer.world_size, f"rank {rank}")
@@ -82,11 +84,13 @@ class _ChannelEnd:
         rank: Among those that have an end.
         world_size: How many they are.
         name: What to call this one.
+        grace_s: How long it may take to end by itself when another one has failed.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, name: str) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int, name: str, grace_s: float = 0.0) -> None:
         self._store = dist.PrefixStore("failures", store.clone())
         self._rank, self._world_size, self.name = rank, world_size, name
+        self._grace_s = grace_s
         self._records = FailureRecords()
         self._closed = threading.Event()
         self._store.set(f"place of {rank}", f"{name} on {socket.gethostname()}")
@@ -123,7 +127,9 @@ class _ChannelEnd:
             while not self._closed.wait(_BEAT_S):
                 self._store.set(f"beat of {self._rank}", str(time.monotonic()))
                 if self._store.check([_FIRST]):
-                    self._leave(self._store.get(_FIRST).decode())
+                    first = self._store.get(_FIRST).decode()
+                    if not self._closed.wait(self._grace_s):
+                        self._leave(first)
                 if (here := self._records.first()) is not None:  # the supervisor of this host has said so
                     self.post(*here.split(": ", 1))
             self._store.set(f"beat of {self._rank}", "ended")

@@ -28,9 +28,7 @@ _FAREWELL_S = 2.0
 """A server waits so long for workers that want to know whether their last words have come."""
 _BACKOFF_S = 0.1
 """Between two connections: whoever accepts and hangs up is not asked all the time."""
-_EVENTS = (
-    zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_CONNECT_RETRIED
-)
+_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_CONNECT_RETRIED
 _PROBE_S = 1.0
 
 
