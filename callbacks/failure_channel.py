@@ -157,6 +157,7 @@ class _ChannelEnd:
         """End this process hard: its main thread may wait in a collective for a long time."""
         if self._records.note(first):
             print(f"gradsync: error: {first}", file=sys.stderr)
+        self._records.close()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

@@ -5,10 +5,12 @@ Several runs go on beside each other between the same hosts, so that one cut of 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -102,9 +104,12 @@ def _await(path: Path) -> None:
         time.sleep(0.01)
 
 
-def _enter(hosts: TwoHosts, rank: int) -> dict[str, str]:
+def _enter(hosts: TwoHosts, folder: Path, rank: int) -> dict[str, str]:
     place = PLACES[rank]
     hosts.enter(place.host)
+    tempfile.tempdir = os.environ["TMPDIR"] = str(
+        folder / NAMES[place.host]
+    )  # names of files there hold process numbers
     del os.environ["GLOO_SOCKET_IFNAME"]  # as on hosts that nobody has prepared
     port = 29500 + list(RUNS).index(place.run)
     address = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(port)}
@@ -147,6 +152,8 @@ def _train_while(
 ) -> list[Rank]:
     """All runs; ``act`` is called when all workers stand at the marked step, and they go on when it returns."""
     make_keys(folder / "keys")
+    for name in NAMES:
+        (folder / name).mkdir()
     failed: list[BaseException] = []
 
     def meddle() -> None:
@@ -163,7 +170,7 @@ def _train_while(
     thread.start()
     arguments = (folder, step_timeout_s, faults or {})
     try:
-        ranks = run_ranks(_fit, len(PLACES), *arguments, timeout_s=150, enter=lambda rank: _enter(hosts, rank))
+        ranks = run_ranks(_fit, len(PLACES), *arguments, timeout_s=150, enter=lambda rank: _enter(hosts, folder, rank))
     finally:
         (folder / "go").touch()
         thread.join()
@@ -177,23 +184,30 @@ def _of(name: str, ranks: list[Rank]) -> list[Rank]:
 
 def _assert_trained(name: str, ranks: list[Rank], folder: Path) -> None:
     """To the bit as all processes on one host; in async and bounded mode that repeat what the servers noted."""
-    run = RUNS[name]
-    options: dict[str, Any] = {key: value for key, value in run.options.items() if key != "host"}
+    run, schedule = RUNS[name], None
     if name not in IN_STEP:
-        applied = json.loads((folder / f"{name}.json").read_text())
+        schedule = folder / f"{name}.json"
+        applied = json.loads(schedule.read_text())
         assert {worker: applied.count(worker) for worker in range(3)} == dict.fromkeys(range(3), NUM_STEPS)
-        options["replay_schedule"] = folder / f"{name}.json"
-    num_processes = 2 * run.per_host
-    expected = run_distributed(
-        train, num_processes, run.strategy, num_processes, None, {"max_steps": NUM_STEPS}, options
-    )
+    expected = _on_one_host(name, schedule)
     for process, rank in enumerate(_of(name, ranks)):
         assert rank.code == 0, rank.output
         assert "error" not in rank.result, rank.result
         if 0 < process < run.num_servers:
             continue  # the first server alone ends with the weights
         for key, value in rank.result["state"].items():
-            assert torch.equal(value, expected[0][key]), (name, key)
+            assert torch.equal(value, expected[key]), (name, key)
+
+
+@functools.cache
+def _on_one_host(name: str, schedule: Path | None) -> dict[str, torch.Tensor]:
+    run = RUNS[name]
+    options: dict[str, Any] = {key: value for key, value in run.options.items() if key != "host"}
+    if schedule is not None:
+        options["replay_schedule"] = schedule
+    num_processes = 2 * run.per_host
+    limit = {"max_steps": NUM_STEPS}
+    return run_distributed(train, num_processes, run.strategy, num_processes, None, limit, options)[0]
 
 
 @pytest.fixture(scope="module")

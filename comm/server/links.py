@@ -101,10 +101,12 @@ class DealerLink:
             )
         self._is_connected = event == zmq.EVENT_CONNECTED
         if event == zmq.EVENT_DISCONNECTED:
+            while self._socket.poll(0):  # what has come before: a server's last words, if nothing else
+                self._take(self._socket.recv_multipart(copy=False))
             self._disconnect()
             time.sleep(_BACKOFF_S)
             self._connect()
-        if not self._is_connected and self._elsewhere is not None and self._is_gone():
+        if not (self._is_connected or self._ready or self._elsewhere is None) and self._is_gone():
             raise ServerFailed(f"{self._elsewhere} has ended: nobody listens at {self._endpoint} any more")
 
     def _is_gone(self) -> bool:
