@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from ..comm.diagnosis import is_timeout
+from ..comm.diagnosis import is_timeout, says_lost_peer
 from ..comm.server import ServerFailed, WorkerFailed
 from ..errors import StoppedBySignal
 from ..explain import is_consequence, one_line
@@ -60,8 +60,8 @@ class FailureChannel(Callback):
         end, self._end = self._end, None
         if end is None:
             return
-        if isinstance(exception, (WorkerFailed, ServerFailed)):
-            pass  # they name who has failed, or is missing
+        if isinstance(exception, (WorkerFailed, ServerFailed)) and not says_lost_peer(str(exception)):
+            pass  # it names who has failed, or is missing
         elif is_consequence(exception):
             end.find_cause()
         elif _is_failure(exception):
@@ -113,9 +113,11 @@ class _ChannelEnd:
             if silent and not self._store.check([_FIRST]):
                 who = " and ".join(map(self._place_of, silent))
                 self._store.compare_set(_FIRST, "", f"{who}: gone without a word, killed perhaps")
-            self._thread.join(_SILENT_S)
+            if self._store.check([_FIRST]) and not self._closed.is_set():  # else it was this host's, which has said so
+                self._leave(self._store.get(_FIRST).decode())
         except _LOST_STORE:
-            self._leave("rank 0: gone without a word, and the store of the run with it")
+            host = "rank 0" if self.name.startswith("rank") else "server 0"
+            self._leave(f"{host}: gone without a word, and the store of the run with it")
 
     def close(self) -> None:
         self._closed.set()

@@ -25,7 +25,12 @@ def stand(**where: str) -> None:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether ``error`` only says that another rank has gone: then that rank's error is the true one."""
-    return isinstance(error, (RuntimeError, dist.DistError)) and bool(_LOST.search(str(error)))
+    return isinstance(error, (RuntimeError, dist.DistError)) and says_lost_peer(str(error))
+
+
+def says_lost_peer(text: str) -> bool:
+    """The same of an error that another process has passed on."""
+    return bool(_LOST.search(text))
 
 
 def is_timeout(error: BaseException) -> bool:

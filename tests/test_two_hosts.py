@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from commands import run_command, tiny_fit
+from commands import Ended, run_command, tiny_fit
 from distributed import Rank, run_distributed, run_ranks
 from torch.utils.data import DataLoader
 from training import Mlp, make_data, make_strategy, make_trainer, quiet, train
@@ -442,6 +442,34 @@ def test_torchrun_on_each_host_runs_gradsync_fit(hosts: TwoHosts, tmp_path: Path
     plain = {key: value for key, value in run.options.items() if key != "host"}
     expected = run_distributed(train, num_processes, run.strategy, num_processes, None, epoch, plain)[-1]
     assert all(torch.equal(trained[key], expected[key]) for key in trained)
+
+
+def test_a_killed_worker_is_named_on_the_other_host(hosts: TwoHosts, tmp_path: Path) -> None:
+    """Under our own launcher, where another process of its host is left to tell."""
+    make_keys(tmp_path / "keys")
+    options = [f"--trainer.strategy.{key}={value}" for key, value in {**TCP, "keys": tmp_path / "keys"}.items()]
+
+    def run(host: int) -> Ended:
+        (tmp_path / str(host)).mkdir()
+        where = [
+            f"NODE_RANK={host}",
+            f"MASTER_ADDR={ADDRESSES[0]}",
+            "MASTER_PORT=29400",
+            f"TMPDIR={tmp_path / str(host)}",
+        ]
+        faults = {"fault": "kill", "process": 1, "at_step": 1} if host == 1 else {}
+        fit = [*tiny_fit("parameter_server", 2, **faults), *options, "--trainer.num_nodes=2"]
+        command = hosts.command(host, "env", "-u", "GLOO_SOCKET_IFNAME", *where, sys.executable, "-m", "gradsync", *fit)
+        return run_command(command, tmp_path / str(host))
+
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(run, range(2)))
+    killed = "was killed by SIGKILL (the kernel does so where memory is short)"
+    for one, who in zip(ended, (f"worker 2 on {NAMES[1]}:", "worker 2"), strict=True):
+        assert one.code == 1, one.output
+        assert not one.orphans
+        said = [line for line in one.output.splitlines() if line.startswith("gradsync: ")]
+        assert said == [f"gradsync: error: {who} {killed}"], one.output
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
