@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from datetime import timedelta
 
@@ -24,7 +25,12 @@ def stand(**where: str) -> None:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether ``error`` only says that another rank has gone: then that rank's error is the true one."""
-    return isinstance(error, (RuntimeError, dist.DistError)) and bool(_LOST.search(str(error)))
+    return isinstance(error, (RuntimeError, dist.DistError)) and says_lost_peer(str(error))
+
+
+def says_lost_peer(text: str) -> bool:
+    """The same of an error that another process has passed on."""
+    return bool(_LOST.search(text))
 
 
 def is_timeout(error: BaseException) -> bool:
@@ -40,6 +46,15 @@ def missing_ranks() -> list[int] | None:
     """
     if not dist.is_initialized():
         return None
+    missing: list[list[int]] = []
+    # The store itself may not answer: where the link to its host is cut, a read waits long.
+    thread = threading.Thread(target=lambda: missing.append(_roll_call()), name="roll call", daemon=True)
+    thread.start()
+    thread.join(2 * _ROLL_CALL_S)
+    return missing[0] if missing else [0]
+
+
+def _roll_call() -> list[int]:
     try:
         store = dist.PrefixStore("gradsync_roll_call", dist.distributed_c10d._get_default_store())
         store.set_timeout(timedelta(seconds=_ROLL_CALL_S))

@@ -25,9 +25,11 @@ from typing_extensions import override
 from ..comm.agreement import ModelMismatch, check_same_model
 from ..comm.diagnosis import stand
 from ..comm.memory import keep_freed_memory
+from ..comm.silence import limit_silence
 from ..comm.timeline import Timeline
 from ..errors import UserError
 from .control_plane import ControlPlane, GroupControlPlane, LocalControlPlane
+from .interface import use_interface_towards
 from .profiling import show_in_profiler
 from .rendezvous import connect_store, roll_call, start_default_group
 
@@ -171,7 +173,16 @@ class CollectiveStrategy(ParallelStrategy):
         environment = self.cluster_environment
         assert environment is not None
         address, port = environment.main_address, environment.main_port
+        if self.num_nodes > 1:
+            use_interface_towards(address)
         self._shared, self._store = connect_store(address, port, environment.global_rank(), self.start_timeout)
+        self._notice_cut_link()
+
+    def _notice_cut_link(self) -> None:
+        """To the store, which waits for an answer without a limit of its own. Again when callbacks have connected."""
+        if self.num_nodes > 1:
+            assert self.cluster_environment is not None
+            limit_silence(self.cluster_environment.main_port, self.step_timeout.total_seconds())
 
     def join_group(self) -> None:
         """Wait for the other training processes and form the default group with them."""
@@ -182,6 +193,7 @@ class CollectiveStrategy(ParallelStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        self._notice_cut_link()
         self.prepare_model(trainer)
         assert self.model is not None
         self._check_same_model()

@@ -36,7 +36,7 @@ from .served_world import ServedWorldStrategy
 from .server_connection import ServerConnection
 from .server_launcher import ServerLauncher, ServingDone
 from .server_options import LOOPBACK, ServerOptions, default_part_mib
-from .server_refusals import refuse_optimizers, refuse_settings, warn_of_no_effect
+from .server_refusals import refuse_hosts, refuse_optimizers, refuse_settings, warn_of_no_effect
 from .server_tensorboard import announce
 from .serving import PROGRESS_KEY, Serving
 from .store_control_plane import StoreControlPlane
@@ -49,7 +49,7 @@ _TRACE_KEY = "trace folder"
 
 @final
 class ParameterServerStrategy(ServedWorldStrategy):
-    """Parameter server on one host: N processes are S servers and N - S workers.
+    """Parameter server: N processes are S servers, all on the first host, and N - S workers.
 
     Lightning's world is the workers: ``trainer.world_size`` is N - S, ``trainer.is_global_zero`` is true in the
     first worker. Gradients are clipped and applied on the server; a worker's ``p.grad`` stays local.
@@ -68,9 +68,9 @@ class ParameterServerStrategy(ServedWorldStrategy):
         record_schedule: A JSON file for the order of workers in which gradients were applied.
         replay_schedule: Such a file: apply them in this order, so that a run is repeated to the bit.
         transport: ``shared_memory`` (tensors in memory that all processes map, CPU only), ``ipc`` (ZeroMQ over a
-            Unix socket), ``tcp`` (ZeroMQ over loopback), ``collective`` (a reduce to the server and a broadcast from it
+            Unix socket), ``tcp`` (ZeroMQ over ``host``), ``collective`` (a reduce to the server and a broadcast from it
             by ``process_group_backend``) or ``naive`` (one blocking send and recv per parameter; the baseline).
-            ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere.
+            ``auto`` is ``shared_memory`` on the CPU, ``ipc`` elsewhere. Several hosts need ``tcp``.
         part_mib: Size of a part in MiB: pushing, summing, stepping and pulling overlap part by part. By default what
             was fastest: 16 in shared memory, 4 on sockets; as DDP's buckets, 25, with ``collective``.
         wire_dtype: ``float32``, ``bfloat16`` or ``float16``: gradients and parameters of wider floats travel in it.
@@ -144,6 +144,7 @@ class ParameterServerStrategy(ServedWorldStrategy):
 
     @override
     def _configure_launcher(self) -> None:
+        refuse_hosts(self._options, self.num_nodes)
         self._launcher = ServerLauncher(self, self.cluster_environment, self.num_processes, self.num_nodes)
 
     # -- what options come to -------------------------------------------------------------------------------

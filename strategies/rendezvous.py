@@ -46,7 +46,7 @@ def connect_store(address: str, port: int, process_rank: int, timeout: timedelta
                 is_master=hosts,
                 wait_for_workers=False,
                 timeout=timeout,
-                master_listen_fd=_listen(port) if hosts and address in _LOOPBACK else None,
+                master_listen_fd=_listen(address, port) if hosts else None,
             )
         except (OSError, dist.DistError, RuntimeError) as error:
             what = f"port {port} is taken" if hosts else f"process 0 did not answer within {timeout}"
@@ -107,17 +107,34 @@ def _leave_default_group() -> None:
         dist.destroy_process_group()
 
 
-def _listen(port: int) -> int:
-    """A bound socket on loopback: TCPStore by itself would listen on all interfaces."""
+def _listen(address: str, port: int) -> int | None:
+    """A bound socket on ``address``: TCPStore by itself would listen on all interfaces.
+
+    None if that would not do: a host's own name may lead to loopback there and not on the others.
+    """
+    own = "127.0.0.1" if address in _LOOPBACK else _own_address(address)
+    if own is None:
+        return None
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(("127.0.0.1", port))
+        listener.bind((own, port))
     except OSError:
         listener.close()
         raise
     listener.listen(128)
     return listener.detach()
+
+
+def _own_address(name: str) -> str | None:
+    """What ``name`` stands for, if this host has that address and others can reach it."""
+    try:
+        own = socket.gethostbyname(name)
+        with socket.socket() as attempt:
+            attempt.bind((own, 0))
+    except OSError:
+        return None
+    return None if own.startswith("127.") else own
 
 
 def make_socket_folder() -> Path:

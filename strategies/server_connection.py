@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket as sockets
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, final
 import torch.distributed as dist
 import zmq
 
+from ..comm.hosts import host_identity
 from ..comm.server.authenticator import Authenticator
 from ..comm.server.collective import CollectivePeers
 from ..comm.server.links import DealerLink, RouterLink
@@ -24,6 +27,10 @@ from .server_watch import ServerWatch
 
 _HANDSHAKE_MS = 5000
 """How long a connection may take for ZeroMQ's handshake; the rest is in :mod:`..comm.server.gate`."""
+_SILENT_MS = 5000
+"""A connection to another host is given up, and made anew, when that has not acknowledged anything for so long."""
+_CONNECT_MS = 1000
+"""Then it is tried so often: TCP by itself would try less and less often, and be late when the link is healed."""
 
 
 @final
@@ -77,6 +84,7 @@ class ServerConnection:
             socket.bind(self._endpoints[0])
             self.sockets = [socket]
         self._store.set(f"pid {self._process_rank}", str(os.getpid()))
+        self._store.set(f"host {self._process_rank}", json.dumps([host_identity(), sockets.gethostname()]))
         self._store.set(f"endpoint {self._process_rank}", self._endpoints[0])
 
     def find(self) -> None:
@@ -85,9 +93,9 @@ class ServerConnection:
 
     def connect(self, own: bytes) -> None:
         """A worker: to all servers that were found, which know it by this identity."""
-        for endpoint in self._endpoints:
+        for server, endpoint in enumerate(self._endpoints):
             if endpoint.startswith("tcp:"):
-                link = DealerLink(self._make_dealer, endpoint, own)
+                link = DealerLink(self._make_dealer, endpoint, own, self._elsewhere(server))
                 self._links.append(link)
                 self.sockets.append(link)
             else:
@@ -95,6 +103,11 @@ class ServerConnection:
                 dealer.routing_id = own
                 dealer.connect(endpoint)
                 self.sockets.append(dealer)
+
+    def _elsewhere(self, server: int) -> str | None:
+        """What to call a server on another host; None for one on this host."""
+        identity, name = json.loads(self._store.get(f"host {server}"))
+        return None if identity == host_identity() else f"server {server} on {name}"
 
     def _make_dealer(self) -> zmq.Socket[bytes]:
         dealer = self._make(zmq.DEALER)
@@ -107,6 +120,10 @@ class ServerConnection:
     def _make(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.set_hwm(0)  # what is under way is bounded by one step; dropping would lose gradients
+        # Not ZeroMQ's own heartbeats: on a slow link they wait behind a large message, and would end a good connection.
+        socket.tcp_maxrt = _SILENT_MS
+        socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 1, 1
+        socket.connect_timeout = _CONNECT_MS
         return socket
 
     def meet_peers(
@@ -122,10 +139,11 @@ class ServerConnection:
     # -- servers that die ------------------------------------------------------------------------------------
 
     def watch(self, servers: Sequence[int], speaks_for: Sequence[int]) -> None:
-        """See :class:`.ServerWatch`."""
-        if is_supervised():
+        """See :class:`.ServerWatch`. Of servers on other hosts the socket tells, see :class:`.DealerLink`."""
+        here = [server for server in servers if self._elsewhere(server) is None]
+        if is_supervised() or not here:
             return
-        pids = {server: int(self._store.get(f"pid {server}")) for server in servers}
+        pids = {server: int(self._store.get(f"pid {server}")) for server in here}
         self._watch = ServerWatch(pids, speaks_for, self._endpoints)
 
     def stop_watching(self) -> None:

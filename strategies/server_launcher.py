@@ -90,10 +90,13 @@ class ServerLauncher(_SubprocessScriptLauncher):
         """
         return next(iter(self.exit_codes().items()), None)
 
-    def replace(self, process_rank: int, name: str, incarnation: int | None) -> None:
-        """End this child, which may be stopped, and start another if there is to be a next incarnation."""
+    def replace(self, process_rank: int, name: str, incarnation: int | None) -> bool:
+        """End this child, which may be stopped, and start another if there is to be a next incarnation.
+
+        Returns whether it has: torchrun's processes and those of other hosts are not its children.
+        """
         if process_rank > len(self.procs):
-            return  # torchrun has started it
+            return False
         process = self.procs[process_rank - 1]
         self.given_up.append(process)
         process.kill()
@@ -101,6 +104,7 @@ class ServerLauncher(_SubprocessScriptLauncher):
             environment = {**os.environ, "LOCAL_RANK": str(process_rank), INCARNATION: str(incarnation)}
             self.procs[process_rank - 1] = process = subprocess.Popen(_basic_subprocess_cmd(), env=environment)
             introduce(name, process.pid, may_be_lost=True)
+        return incarnation is not None
 
     def exit_codes(self) -> dict[int, int]:
         """By process rank, of all children that have ended with an error."""

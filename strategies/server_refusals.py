@@ -14,9 +14,23 @@ from torch.optim import Optimizer
 from ..comm.server.layout import travelling_dtype
 from ..errors import UserError
 from .averaging import refuse_averaging
-from .server_options import ServerOptions
+from .server_options import LOOPBACK, ServerOptions
 
 _FLAG = "--trainer.strategy"
+
+
+def refuse_hosts(options: ServerOptions, num_nodes: int) -> None:
+    """Raise UserError for what no other host can reach, where there are others."""
+    if num_nodes == 1:
+        return
+    flag = f"--trainer.num_nodes {num_nodes} with {_FLAG} parameter_server"
+    if options.transport != "tcp":
+        raise UserError(f"{flag} needs {_FLAG}.transport tcp: {options.transport} ends at the host's edge")
+    if options.host == LOOPBACK:
+        raise UserError(
+            f"{flag} needs {_FLAG}.host ADDRESS, by which the other hosts reach the first one (the server's), and "
+            f"{_FLAG}.keys DIR of `gradsync keygen DIR`, the same on all hosts"
+        )
 
 
 def refuse_settings(options: ServerOptions, trainer: pl.Trainer, precision_plugin: Any) -> None:

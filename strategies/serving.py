@@ -156,10 +156,10 @@ class Serving:
 
     def _replace(self, worker: int, incarnation: int | None) -> bool:
         """End the worker's process, and start another for the next ``incarnation`` if that may be."""
-        starts = incarnation is not None and self._num_replaced < self._options.max_replacements
-        self._num_replaced += starts
+        may_start = incarnation is not None and self._num_replaced < self._options.max_replacements
         rank = worker + self._options.servers
-        self._launcher.replace(rank, f"worker {worker}", incarnation if starts else None)
+        starts = self._launcher.replace(rank, f"worker {worker}", incarnation if may_start else None)
+        self._num_replaced += starts
         return starts
 
     def _make_sum(self) -> Callable[[float], float]:

@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,23 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _child(fn: Callable[..., Any], rank: int, args: tuple[Any, ...], env: dict[str, str], folder: Path) -> None:
+@dataclass(frozen=True)
+class Rank:
+    """One that has ended, or was killed when the time was over: code None."""
+
+    code: int | None
+    output: str
+    result: Any
+
+
+def _child(
+    fn: Callable[..., Any],
+    rank: int,
+    args: tuple[Any, ...],
+    env: dict[str, str],
+    folder: Path,
+    enter: Callable[[int], dict[str, str]] | None,
+) -> None:
     """Body of one rank: never returns into pytest."""
     code = 1
     try:
@@ -58,6 +75,8 @@ def _child(fn: Callable[..., Any], rank: int, args: tuple[Any, ...], env: dict[s
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         os.environ.update(env)
+        if enter is not None:
+            os.environ.update(enter(rank))
         import torch
 
         torch.set_num_threads(1)
@@ -101,6 +120,22 @@ def run_distributed(
     Raises:
         RankFailed: with the output of every rank, as soon as all have ended or the time is over.
     """
+    ranks = run_ranks(fn, world_size, *args, timeout_s=timeout_s)
+    codes = {number: rank.code for number, rank in enumerate(ranks)}
+    if codes != {number: -signal.SIGKILL if number in killed else 0 for number in codes}:
+        outputs = "\n".join(f"[rank {n}] {line}" for n, rank in enumerate(ranks) for line in rank.output.splitlines())
+        raise RankFailed(f"exit codes {codes} (None: killed after {timeout_s} s)\n{outputs}")
+    return [rank.result for rank in ranks]
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 100,
+    enter: Callable[[int], dict[str, str]] | None = None,
+) -> list[Rank]:
+    """The same, whatever becomes of them. ``enter(rank)``: called first in each, returns more of its environment."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="gradsync-test-") as name:
         folder = Path(name)
@@ -108,18 +143,15 @@ def run_distributed(
         for rank in range(world_size):
             pid = os.fork()
             if pid == 0:
-                _child(fn, rank, args, _environment(rank, world_size, port), folder)
+                _child(fn, rank, args, _environment(rank, world_size, port), folder, enter)
             pids[rank] = pid
         codes = _wait(pids, time.monotonic() + timeout_s)
-        expected = {rank: -signal.SIGKILL if rank in killed else 0 for rank in pids}
-        if codes != expected:
-            outputs = "\n".join(f"[rank {r}] {line}" for r in pids for line in _output(folder, r).splitlines())
-            raise RankFailed(f"exit codes {dict(sorted(codes.items()))} (None: killed after {timeout_s} s)\n{outputs}")
-        return [None if rank in killed else _result(folder, rank) for rank in range(world_size)]
+        return [Rank(codes[rank], _output(folder, rank), _result(folder, rank)) for rank in range(world_size)]
 
 
 def _result(folder: Path, rank: int) -> Any:
-    return pickle.loads((folder / f"result_{rank}").read_bytes())
+    path = folder / f"result_{rank}"
+    return pickle.loads(path.read_bytes()) if path.exists() else None
 
 
 def _output(folder: Path, rank: int) -> str:

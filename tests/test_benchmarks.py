@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from namespaces import two_hosts
 
 from gradsync.comm import ALGORITHMS
 from gradsync.strategies import ParameterServerStrategy
@@ -159,6 +160,17 @@ def test_server_measures_every_transport_and_checks_the_parameters(tmp_path: Pat
         assert metrics.keys() == {"wall_ms", "cpu_ms", "worker_cpu_ms", "server_cpu_ms"} | ratios
     assert result["rows"]["raw_tcp"]["wall_ratio_to_raw_tcp"]["median"] == 1
     assert "a local optimizer, to the bit: raw_tcp, tcp, ipc, shared_memory, naive." in done.stdout
+
+
+def test_two_hosts_compares_strategies_over_a_link(tmp_path: Path) -> None:
+    with two_hosts():
+        pass  # or it is skipped
+    tiny = "--mbit 1000 --mib 0.1 --rounds 1 --steps 2 --warmup 1 --strategies ddp,parameter_server"
+    done = run_script("two_hosts.py", *tiny.split(), "--json", str(tmp_path / "two_hosts.json"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "two_hosts.json").read_text())["rows"]
+    assert {name: row["trained_in"]["median"] for name, row in rows.items()} == {"ddp": 4, "parameter_server": 3}
+    assert rows["parameter_server"]["ratio_to_ddp"]["median"] > 0
 
 
 def test_a_server_that_gives_other_parameters_has_no_result(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:

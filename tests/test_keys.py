@@ -24,6 +24,7 @@ from training import Mlp, make_data, make_strategy, make_trainer, quiet, train
 
 from gradsync.comm.server import ServerFailed, gate
 from gradsync.comm.server.gate import MOST_SILENT
+from gradsync.comm.server.ledger import identity
 from gradsync.errors import UserError
 from gradsync.keys import load_keys, make_keys
 from gradsync.strategies import ParameterServerStrategy, server_connection
@@ -319,7 +320,7 @@ def test_a_worker_with_other_keys_is_told_so_and_does_not_hang(keys: Path, tmp_p
     try:
         server.bind(True, "127.0.0.1", 1)
         worker.find()
-        worker.connect(0)
+        worker.connect(identity(0))
         worker.sockets[0].send_multipart([b"hello"])
         with pytest.raises(ServerFailed, match=r"does not know this worker's key: is --trainer.strategy.keys the same"):
             worker.sockets[0].poll(30_000)

@@ -17,6 +17,7 @@ from distributed import run_distributed
 from training import train
 
 from gradsync.comm.server.conversation import make_token
+from gradsync.comm.server.ledger import identity
 from gradsync.strategies import server_connection
 from gradsync.strategies.server_connection import ServerConnection
 
@@ -94,7 +95,7 @@ def test_whatever_strangers_send_a_worker_is_heard_once_and_in_order() -> None:
     try:
         server.bind(True, "127.0.0.1", 2)
         worker.find()
-        worker.connect(0)
+        worker.connect(identity(0))
         stranger = context.socket(zmq.DEALER)
         stranger.linger, stranger.routing_id = 0, b"0:stranger"
         for number in range(300):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket as sockets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,7 +28,8 @@ _FAREWELL_S = 2.0
 """A server waits so long for workers that want to know whether their last words have come."""
 _BACKOFF_S = 0.1
 """Between two connections: whoever accepts and hangs up is not asked all the time."""
-_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_CONNECT_RETRIED
+_PROBE_S = 1.0
 
 
 @final
@@ -38,12 +40,16 @@ class DealerLink:
         make_socket: A DEALER that will connect to the server, with all options but its routing id.
         endpoint: Of the server.
         identity: Of the worker, by which the server knows it.
+        elsewhere: What to call a server on another host, of whose end nothing else tells; None for one on this host.
     """
 
-    def __init__(self, make_socket: Callable[[], zmq.Socket[bytes]], endpoint: str, identity: bytes) -> None:
+    def __init__(
+        self, make_socket: Callable[[], zmq.Socket[bytes]], endpoint: str, identity: bytes, elsewhere: str | None = None
+    ) -> None:
         self._make_socket = make_socket
         self._endpoint = endpoint
         self._identity = identity
+        self._elsewhere = elsewhere
         self._talk = Conversation(make_token())
         self._ready: deque[list[zmq.Frame]] = deque()
         self._is_connected = False
@@ -67,7 +73,7 @@ class DealerLink:
         """Whether a message is there, after so long at most.
 
         Raises:
-            ServerFailed: the server does not let this worker in.
+            ServerFailed: the server does not let this worker in, or it has ended.
         """
         deadline = time.monotonic() + timeout_ms / 1000
         while not self._ready:
@@ -94,10 +100,25 @@ class DealerLink:
                 "the server does not know this worker's key: is --trainer.strategy.keys the same on both sides?"
             )
         self._is_connected = event == zmq.EVENT_CONNECTED
-        if not self._is_connected:
+        if event == zmq.EVENT_DISCONNECTED:
+            while self._socket.poll(0):  # what has come before: a server's last words, if nothing else
+                self._take(self._socket.recv_multipart(copy=False))
             self._disconnect()
             time.sleep(_BACKOFF_S)
             self._connect()
+        if not (self._is_connected or self._ready or self._elsewhere is None) and self._is_gone():
+            raise ServerFailed(f"{self._elsewhere} has ended: nobody listens at {self._endpoint} any more")
+
+    def _is_gone(self) -> bool:
+        """Whether the server's host says that nobody listens there; where the link is cut, nobody says anything."""
+        host, _, port = self._endpoint.removeprefix("tcp://").rpartition(":")
+        try:
+            sockets.create_connection((host, int(port)), _PROBE_S).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def _disconnect(self) -> None:
         self._socket.disable_monitor()
