@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import final
 
@@ -13,7 +14,7 @@ from ..comm.server.ledger import Loss
 from .control_plane import ControlPlane
 from .store_control_plane import StoreControlPlane
 from .worker_loss import Heartbeat, LostWorkers
-from .worker_return import WorkerReturn, incarnation
+from .worker_return import INCARNATION, WorkerReturn, incarnation
 
 
 @final
@@ -73,7 +74,8 @@ class Continuation:
         return sum(count - before.get(one, 0) for one, count in counts.items())
 
     def close(self) -> None:
-        """The fit has ended; :meth:`losses` still tells what was known."""
+        """The fit has ended; :meth:`losses` still tells what was known. Later runs begin anew."""
+        os.environ.pop(INCARNATION, None)
         self._heartbeat.stop()
         self._lost.close()
         if self._return is not None:

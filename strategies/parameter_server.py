@@ -134,13 +134,17 @@ class ParameterServerStrategy(ServedWorldStrategy):
         self.steps_together = self._options.is_sync
         self.in_lockstep = self.steps_together and not self._options.goes_on
         self.workers_may_be_lost = self._options.goes_on
-        self.incarnation = incarnation()
         self._continuation: Continuation | None = None
         self._metric_sync: MetricSync | None = None
         self._log_every = server_log_every_n_steps
         self._connection: ServerConnection | None = None
         self._client: ServersClient | None = None
         self._farewell: tuple[Any, Any] = ({}, {})
+
+    @property
+    def incarnation(self) -> int:
+        """How many processes were this worker before, in this run."""
+        return incarnation()
 
     @override
     def _configure_launcher(self) -> None:

@@ -26,6 +26,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from ..comm.server.ledger import identity
@@ -48,7 +49,7 @@ def ask_for_position(store: dist.Store, rank: int, patience: timedelta) -> str:
     """New process: the checkpoint to begin from; blocks until worker 0 has ended a step.
 
     Raises:
-        UserError: it does not within ``patience``.
+        UserError: it does not within ``patience``, or has no room to write.
     """
     name = identity(rank, incarnation()).decode()
     store.set(f"asks {name}", "yes")
@@ -59,7 +60,9 @@ def ask_for_position(store: dist.Store, rank: int, patience: timedelta) -> str:
             f"worker 0 has ended no step within {patience.total_seconds():g} s, so worker {rank} cannot return; "
             "--trainer.strategy.step_timeout_s raises the limit"
         ) from error
-    return store.get(f"position {name}").decode()
+    if not (path := store.get(f"position {name}").decode()):
+        raise UserError(f"worker {rank} cannot return: worker 0 cannot write where it is, see its warning")
+    return path
 
 
 @final
@@ -121,13 +124,21 @@ class WorkerReturn(Callback):
             name = identity(worker, number).decode()
             if self._let_in.get(worker) != number and self._store.check([f"asks {name}"]):
                 self._let_in[worker] = number
-                self._store.set(f"position {name}", str(self._write_position(trainer, name.replace("/", "-"))))
-                self._admit(worker)
+                path = self._write_position(trainer, name.replace("/", "-"))
+                self._store.set(f"position {name}", str(path or ""))
+                if path is not None:
+                    self._admit(worker)
 
-    def _write_position(self, trainer: pl.Trainer, name: str) -> Path:
-        self._folder = self._folder or make_private_folder("return")
-        path = self._folder / f"{name}.ckpt"
-        torch.save(trainer._checkpoint_connector.dump_checkpoint(weights_only=False), path)
+    def _write_position(self, trainer: pl.Trainer, name: str) -> Path | None:
+        """None if there is no room: that costs the new process, and not the run."""
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        try:
+            self._folder = self._folder or make_private_folder("return")
+            path = self._folder / f"{name}.ckpt"
+            torch.save(checkpoint, path)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError where a disk is full
+            rank_zero_warn(f"worker {name} cannot return: its position cannot be written ({error})")
+            return None
         return path
 
     # -- phases: returns, member -----------------------------------------------------------------------------

@@ -190,3 +190,18 @@ def test_an_exception_in_a_worker_is_a_loss() -> None:
     assert [(loss.worker, loss.reason) for loss in run.losses.told] == [(VICTIM, "failed: ArithmeticError: boom")]
     run.go_on(None)
     assert run.server.statistics.total_steps == 2 * STEPS
+
+
+def test_whoever_leaves_first_is_not_waited_for() -> None:
+    """A process that is new in a lost one's place may stop by metrics of its own."""
+    run = _Run(SyncServer)
+    run._deliver(1, Message(Kind.BYE, info={"info": None, "tree": {"value": None}}))
+    for worker in (0, VICTIM):
+        for message in run._step_of(worker):
+            run._deliver(worker, message)
+    assert [run.wire.answers(worker, Kind.DONE) for worker in (0, VICTIM)] == [1, 1]
+    run._deliver(0, Message(Kind.BYE, info={"info": None, "tree": {"value": None}}))
+    for message in run._step_of(VICTIM):
+        run._deliver(VICTIM, message)
+    assert run.wire.answers(VICTIM, Kind.DONE) == 2
+    assert set(run.flat().tolist()) == {-(GRADIENTS[0] + GRADIENTS[VICTIM]) / 2 - GRADIENTS[VICTIM]}

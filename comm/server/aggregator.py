@@ -71,7 +71,7 @@ class Aggregator(ServedOptimizer):
         if worker in self._used:
             raise ProtocolError(f"worker {worker} announced a step twice")
         self._used[worker] = used
-        if worker == 0:
+        if not self._info or worker == min(self.workers):  # the same on all workers, but in case: worker 0's
             self._info = info
             self._take_settings(info["groups"])
 

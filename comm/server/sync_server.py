@@ -124,6 +124,12 @@ class SyncServer(ParameterServer):
                 self._advance(number, None)
 
     @override
+    def _bye(self, worker: int, message: Message) -> None:
+        super()._bye(worker, message)
+        if self._losses is not None:  # one that is new in a lost one's place may stop by metrics of its own
+            self._go_on_without(worker)
+
+    @override
     def _go_on_with(self, worker: int) -> None:
         for aggregator in self.served:
             aggregator.take_in(worker)
