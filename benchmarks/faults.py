@@ -8,7 +8,7 @@ seconds from the fault until the last process is out, the exit code, what the ou
 processes, ports, shared memory, temporary files. A run that does not end is ended after a minute and counts as hung.
 Rows of several cases (rank 0 and rank 1) go through all of them in every trial; R8 takes the next one in each.
 
-Bounds in seconds are those of a quiet machine: three times as long is allowed where its load is 3 or more. The load is
+Bounds in seconds are those of a quiet machine: three times as long is allowed on a busy one (`busy.py`). The load is
 in the JSON file. The exit code is 1 if the column ours misses what should be. Logs of trials that missed are kept.
 """
 
