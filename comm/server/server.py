@@ -244,7 +244,7 @@ class ParameterServer(ABC):
         missing, waited_s = self.waited_for()
         if self._waiting_since is None or waited_s < self._timeout_s:
             return
-        greeted = len(self._greeted) == self._num_workers
+        greeted = self.ledger.live <= self._greeted
         what = "did not push the step that the others wait for" if greeted else "did not say hello"
         raise WorkerFailed(
             f"worker(s) {', '.join(map(str, sorted(missing)))} {what} within {self._timeout_s:g} s; "
