@@ -123,6 +123,8 @@ class ServerOptions:
             raise UserError(f"{_FLAG}max_replacements must be >= 0 processes, got {self.max_replacements}")
         if self.max_replacements and not self.goes_on:
             raise UserError(f"{_FLAG}max_replacements needs {_FLAG}on_worker_loss continue")
+        if self.max_replacements and not self.is_sync:  # it would change parameters that the others evaluate
+            raise UserError(f"{_FLAG}max_replacements needs {_FLAG}mode sync so far, got {self.mode}")
 
     def _check_going_on(self) -> None:
         chosen = f"{_FLAG}on_worker_loss continue"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -106,7 +107,9 @@ class Serving:
         server = self._server = self._make_server(optimizers, name_pieces(named, pieces), by_name)
         server.trace(self.tracer)
         try:
-            return server.serve()
+            farewell = server.serve()
+            self._await_servers()
+            return farewell
         finally:
             for worker in server.ledger.losses:  # a process that would take its place waits to be let in
                 self._replace(worker, None)
@@ -139,6 +142,16 @@ class Serving:
             for served in server.served:
                 served.sum_over_servers = add
         return server
+
+    def _await_servers(self) -> None:
+        """Where workers may be lost, the first server waits for the others, which learn of that from its store."""
+        if not self._options.goes_on:
+            return
+        if self._number > 0:
+            self._store.set(f"served {self._number}", "")
+        elif others := [f"served {number}" for number in range(1, self._options.servers)]:
+            with contextlib.suppress(dist.DistError, RuntimeError):  # one has failed, which others tell
+                self._store.wait(others, self._timeout)
 
     def _losses(self) -> LossWatch | None:
         """Who finds lost workers, if the run goes on without them."""

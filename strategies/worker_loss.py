@@ -67,10 +67,11 @@ class LostWorkers(LossWatch):
 
     def losses(self) -> list[Loss]:
         """All so far, in the order of their loss as this process saw it."""
-        for worker, incarnation in self._incarnations.items():
-            if self._store.check([key := _key("lost", identity(worker, incarnation))]):
-                self._incarnations[worker] += 1
-                self._losses.append(Loss(**json.loads(self._store.get(key))))
+        with contextlib.suppress(dist.DistError, RuntimeError):  # its host has gone, which others tell
+            for worker, incarnation in self._incarnations.items():
+                if self._store.check([key := _key("lost", identity(worker, incarnation))]):
+                    self._incarnations[worker] += 1
+                    self._losses.append(Loss(**json.loads(self._store.get(key))))
         return self._losses
 
     @override

@@ -290,6 +290,11 @@ def test_parameters_are_spread_evenly_and_cut_only_where_that_is_exact() -> None
         ({"share_parameters": True, "mode": "async"}, "share_parameters needs --trainer.strategy.mode sync"),
         ({"on_worker_loss": "ignore"}, "on_worker_loss must be one of stop, continue, got 'ignore'"),
         ({"on_worker_loss": "continue", "transport": "naive"}, "with naive every worker takes part in every step"),
+        ({"max_replacements": 1}, "max_replacements needs --trainer.strategy.on_worker_loss continue"),
+        (
+            {"on_worker_loss": "continue", "max_replacements": 1, "mode": "async"},
+            "max_replacements needs --trainer.strategy.mode sync so far, got async",
+        ),
         ({"on_worker_loss": "continue", "share_parameters": True}, "leave out --trainer.strategy.share_parameters"),
         ({"share_parameters": True, "wire_dtype": "bfloat16"}, "leave out --trainer.strategy.wire_dtype bfloat16"),
         ({"mode": "async", "transport": "naive"}, "transport naive knows the mode sync only"),

@@ -156,12 +156,12 @@ class ParameterServer(ABC):
         """
         try:
             while self._present():
+                self._look_for_losses()  # not after the last one has left: the store may go with another server
                 if self._socket.poll(_POLL_MS):
                     self._receive()
                 else:
                     self._watch()
                     self._check_patience()
-                self._look_for_losses()
         except Exception as error:
             self._tell_all(Message(Kind.FAIL, info={"error": str(error) or repr(error)}))
             raise
