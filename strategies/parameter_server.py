@@ -84,8 +84,8 @@ class ParameterServerStrategy(ServedWorldStrategy):
         on_worker_loss: ``stop``: the run ends when a worker does. ``continue``: it goes on with the others, as long as
             the first worker is there, which logs and saves. A worker is lost when its process has ended, or has said
             nothing for 5 s; what it had not pushed is not seen in this epoch.
-        max_replacements: With ``continue``, in mode ``sync``: start so many new processes in all, each in the place of a
-            lost worker. It takes part from a step of the first worker on, and in barriers and metrics from the next
+        max_replacements: With ``continue``, in mode ``sync``: start so many new processes in all, each in the place of
+            a lost worker. It takes part from a step of the first worker on, and in barriers and metrics from the next
             epoch on.
         kwargs: See :class:`CollectiveStrategy`.
     """
