@@ -7,6 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from .run_store import may_lose_workers
+
 
 def samples_seen(trainer: pl.Trainer) -> dict[str, int]:
     """``samples_seen`` of the epoch that ends, over all workers; blocks, called on all ranks.
@@ -14,7 +16,7 @@ def samples_seen(trainer: pl.Trainer) -> dict[str, int]:
     Empty where no worker can be lost: then it is what samplers have drawn.
     """
     strategy: Any = trainer.strategy
-    if not getattr(strategy, "workers_may_be_lost", False):
+    if not may_lose_workers(strategy):
         return {}
     return {"samples_seen": strategy.samples_since_last_call()}
 

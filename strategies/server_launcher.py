@@ -83,13 +83,6 @@ class ServerLauncher(_SubprocessScriptLauncher):
             time.sleep(0.05)
         self.kill(signal.SIGKILL)
 
-    def first_exit_code(self) -> tuple[int, int] | None:
-        """(process rank, exit code) of a child that has ended with an error, None if there is none.
-
-        Its status stays there for the supervisor, who may come later and names the failed process by it.
-        """
-        return next(iter(self.exit_codes().items()), None)
-
     def replace(self, process_rank: int, name: str, incarnation: int | None) -> bool:
         """End this child, which may be stopped, and start another if there is to be a next incarnation.
 
@@ -107,7 +100,10 @@ class ServerLauncher(_SubprocessScriptLauncher):
         return incarnation is not None
 
     def exit_codes(self) -> dict[int, int]:
-        """By process rank, of all children that have ended with an error."""
+        """By process rank, of all children that have ended with an error and were not replaced.
+
+        Their status stays there for the supervisor, who may come later and names the failed process by it.
+        """
         codes = {
             index + 1: _exit_code(process) for index, process in enumerate(self.procs) if process not in self.given_up
         }

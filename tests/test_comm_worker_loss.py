@@ -205,3 +205,13 @@ def test_whoever_leaves_first_is_not_waited_for() -> None:
         run._deliver(VICTIM, message)
     assert run.wire.answers(VICTIM, Kind.DONE) == 2
     assert set(run.flat().tolist()) == {-(GRADIENTS[0] + GRADIENTS[VICTIM]) / 2 - GRADIENTS[VICTIM]}
+
+
+def test_a_step_without_gradients_does_not_wait_for_who_has_left() -> None:
+    run = _Run(SyncServer)
+    run._deliver(1, Message(Kind.BYE, info={"info": None, "tree": {"value": None}}))
+    for worker in (0, VICTIM):
+        announcement = run._step_of(worker)[0]
+        announcement.info["used"] = [[False] * len(flags) for flags in announcement.info["used"]]
+        run._deliver(worker, announcement)
+    assert [run.wire.answers(worker, Kind.DONE) for worker in (0, VICTIM)] == [1, 1]

@@ -78,7 +78,7 @@ class SyncServer(ParameterServer):
         self._waiting_since = time.monotonic()
         now = time.perf_counter_ns()
         self._pushed_at[worker] = (now, now)
-        if len(aggregator.announced) < len(self.ledger.live):
+        if len(aggregator.announced) < len(aggregator.workers):
             return
         if self._peers is None:
             self._advance(message.optimizer, None)
