@@ -4,8 +4,8 @@
 
 Every row trains on the same JPEG files of 500x375 pixels and 86 kB, made here from photographs of the package
 scikit-image and read from the page cache. A row's time is that of whole batches of 224 pixels, float32, mirrored and
-normalized, as the network would get them, with no loader process beside: so images_per_s is per core. Rows run in fresh
-processes and take turns.
+normalized, as the network would get them, with no loader process beside: so images_per_s is per core. Every round runs
+each row in a fresh process; they take turns batch by batch, so that whatever slows the machine slows all of them.
 
 Rows: classic (torchvision's ImageFolder with PIL, RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize),
 image_folder and parquet (gradsync's data module on the folder, and on what `gradsync convert` makes of it).
@@ -17,13 +17,15 @@ watched: mib_at_quarter after a quarter of them, when the window of the parquet 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import harness
 
@@ -123,25 +125,62 @@ def _classic(root: Path) -> Any:
     return torch.utils.data.DataLoader(images, BATCH_SIZE, shuffle=True, drop_last=True)
 
 
-def measure(row: str, root: Path) -> harness.Metrics:
-    """Images per second of a whole epoch in a fresh process, after two batches of another."""
-    [seconds_per_image] = harness.run_processes(lambda _: _time_epoch(row, root), 1, _TIMEOUT_S)
-    return {"images_per_s": 1 / seconds_per_image}
+def rows_in_turn(rows: Sequence[str], root: Path) -> Callable[[str], harness.Metrics]:
+    """Called with each row once a round: images per second of a whole epoch, after two batches of another."""
+    measured: dict[str, float] = {}
+
+    def measure(row: str) -> harness.Metrics:
+        if row not in measured:
+            with contextlib.closing(Turns(len(rows))) as turns:
+                spent_s = harness.run_processes(partial(_time_epoch, rows, root, turns), len(rows), _TIMEOUT_S)
+            measured.update(zip(rows, spent_s, strict=True))
+        return {"images_per_s": 1 / measured.pop(row)}
+
+    return measure
 
 
-def _time_epoch(row: str, root: Path) -> float:
+@final
+class Turns:
+    """For processes that are forked later: one of them at a time."""
+
+    def __init__(self, size: int) -> None:
+        self._pipes = [os.pipe() for _ in range(size)]
+        self.end(size - 1)
+
+    def wait(self, index: int) -> None:
+        os.read(self._pipes[index][0], 1)
+
+    def end(self, index: int) -> None:
+        os.write(self._pipes[(index + 1) % len(self._pipes)][1], b".")
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            for end in pipe:
+                os.close(end)
+
+
+def _time_epoch(rows: Sequence[str], root: Path, turns: Turns, process: harness.Process) -> float:
     import torch
 
+    row = rows[process.index]
     torch.set_num_threads(1)
+    turns.wait(process.index)
     warmup = batches(row, root)
     for _ in range(2):
         next(warmup)
-    start, num_images = time.perf_counter(), 0
+    del warmup  # and its memory: else the row that holds images would be charged for twice as much
+    spent_s, num_images = 0.0, 0
+    start = time.perf_counter()
     for images, _ in batches(row, root):  # with everything read anew
         if images.shape[1:] != (3, 224, 224) or images.dtype != torch.float32:
             raise ValueError(f"{row} gave {tuple(images.shape)} {images.dtype}")
         num_images += len(images)
-    return (time.perf_counter() - start) / num_images
+        spent_s += time.perf_counter() - start
+        turns.end(process.index)
+        turns.wait(process.index)
+        start = time.perf_counter()
+    turns.end(process.index)
+    return spent_s / num_images
 
 
 def watch_memory(row: str, root: Path) -> harness.Metrics:
@@ -182,8 +221,9 @@ def main() -> int:
         mean_bytes = write_photographs(root / "folder", arguments.images, num_images)
         if "parquet" in arguments.rows:
             convert([str(root / "folder"), str(root / "shards")])
-        way = watch_memory if arguments.memory else measure
-        rows = {name: lambda name=name: way(name, root) for name in arguments.rows}
+        in_turn = rows_in_turn(arguments.rows, root)
+        way = (lambda row: watch_memory(row, root)) if arguments.memory else in_turn
+        rows = {name: lambda name=name: way(name) for name in arguments.rows}
         rounds = harness.Rounds(rows, "mib_at_end" if arguments.memory else "images_per_s")
         rounds.run(1 if arguments.memory else arguments.rounds)
     summary = rounds.summary() if arguments.memory else _ratios(rounds)
