@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from ..errors import UserError
+from .freezing import freeze, is_frozen
+from .gradient_checkpointing import checkpoint_activations
 from .metrics import MeanLoss, PercentCorrect
 from .networks import build_network, check_arch
 from .schedules import Schedule, learning_rate_factor
@@ -57,6 +59,10 @@ class ImageClassifier(LightningModule):
         label_smoothing: Share of the target that is spread over all classes, in training only.
         zero_init_residual: Start every residual block of a ResNet as the identity.
         channels_last: Keep images and weights in channels-last memory format.
+        freeze: Parts that are not trained, by names with commas between them or wildcards: ``conv1,bn1,layer[12]``.
+            Their BatchNorm layers keep their statistics.
+        gradient_checkpointing: Compute activations twice instead of keeping them: true for the blocks of a ResNet, or
+            parts by name as for ``freeze``.
         optimizer: Optimizer of the parameters.
         decay_norms_and_biases: Whether the optimizer's weight decay holds for parameters of one dimension, too.
         reference_batch_size: Global batch size that the optimizer's learning rate is meant for: for another it is
@@ -74,6 +80,8 @@ class ImageClassifier(LightningModule):
         label_smoothing: float = 0.1,
         zero_init_residual: bool = True,
         channels_last: bool = False,
+        freeze: str | None = None,
+        gradient_checkpointing: bool | str = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
             params, lr=0.05, momentum=0.9, weight_decay=1e-4, fused=True
         ),
@@ -93,6 +101,8 @@ class ImageClassifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.zero_init_residual = zero_init_residual
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.freeze_patterns = freeze
+        self.gradient_checkpointing = gradient_checkpointing
         self.optimizer = _Shared(optimizer)
         self.decay_norms_and_biases = decay_norms_and_biases
         self.reference_batch_size = reference_batch_size
@@ -100,6 +110,7 @@ class ImageClassifier(LightningModule):
         self.warmup_epochs = warmup_epochs
         self.lr_scheduler = lr_scheduler and _Shared(lr_scheduler)
         self.net: nn.Module | None = None
+        self._frozen_norms: list[str] = []
 
     @override
     def configure_model(self) -> None:
@@ -110,6 +121,9 @@ class ImageClassifier(LightningModule):
         net = build_network(self.arch, num_classes, self.zero_init_residual, rescale_input=self.weights is not None)
         if self.weights is not None and (note := load_weights(net, self.arch, self.weights)):
             rank_zero_info(note)
+        if self.freeze_patterns is not None:
+            self._frozen_norms = freeze(net, self.freeze_patterns)
+        checkpoint_activations(net, self.gradient_checkpointing)
         self.net = net.to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
         self.num_classes = self.hparams["num_classes"] = num_classes
         self.metrics = nn.ModuleDict(
@@ -120,6 +134,7 @@ class ImageClassifier(LightningModule):
                 **{f"{stage}/top{k}": PercentCorrect(num_classes, k) for stage in ("val", "test") for k in (1, 5)},
             }
         )
+        self.train(self.training)
 
     def _find_num_classes(self) -> int:
         datamodule = getattr(self._trainer, "datamodule", None)
@@ -130,6 +145,15 @@ class ImageClassifier(LightningModule):
         if in_data is not None and num_classes < in_data:
             raise UserError(f"--model.num_classes must be >= {in_data}, the classes of the data, got {num_classes}")
         return num_classes
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """As ever, but for BatchNorm layers that are frozen."""
+        super().train(mode)
+        # By name: SyncBatchNorm takes the place of such a layer later on.
+        for norm in (self.get_submodule(f"net.{name}") for name in self._frozen_norms):
+            norm.train(mode and not is_frozen(norm))
+        return self
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -192,11 +216,13 @@ class ImageClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _parameter_groups(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.decay_norms_and_biases:
-            return self.parameters()
-        decayed = [parameter for parameter in self.parameters() if parameter.ndim > 1]
-        others = [parameter for parameter in self.parameters() if parameter.ndim <= 1]
-        return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+            return trained
+        decayed = [parameter for parameter in trained if parameter.ndim > 1]
+        others = [parameter for parameter in trained if parameter.ndim <= 1]
+        groups = {"params": decayed}, {"params": others, "weight_decay": 0.0}
+        return [group for group in groups if group["params"]]
 
     def _global_batch_size(self) -> int:
         """Images per optimizer step of all training processes."""

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 from torch.utils.data import DataLoader
-from training import NUM_CLASSES, Mlp, make_data, make_strategy, make_trainer, quiet
+from training import NUM_CLASSES, Mlp, Traffic, make_data, make_strategy, make_trainer, quiet
 
 EPOCHS = {"max_steps": -1, "max_epochs": 3, "limit_train_batches": 5, "num_sanity_val_steps": 0}
 States = list[dict[str, Any]]
@@ -75,18 +75,6 @@ class Flip(pl.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         trained = 3 <= trainer.global_step < 9 or trainer.global_step >= 12
         module.backbone.requires_grad_(trained and self.skip != trainer.global_rank)
-
-
-class Traffic(pl.Callback):
-    """Bytes that each step sent and received."""
-
-    def __init__(self) -> None:
-        self.bytes: list[int] = []
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        timeline = getattr(trainer.strategy, "timeline", None)
-        if timeline is not None and (step := timeline.take_step()) is not None:  # SWA's last epoch has no steps
-            self.bytes.append(step.num_bytes)
 
 
 def _callbacks(what: str, strategy: str) -> list[Any]:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradsync
+from gradsync.callbacks.ddp_timeline import DDPTimeline
+from gradsync.modules import ImageClassifier
 
 NUM_CLASSES = 3
 
@@ -99,6 +101,22 @@ class TwoSchedules(TwoOptimizers):
 MODULES = {"two_optimizers": TwoOptimizers, "two_schedules": TwoSchedules}
 
 
+class Traffic(pl.Callback):
+    """Bytes that each step sent and received."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        ddp = isinstance(trainer.strategy, DDPStrategy)
+        self._timeline = DDPTimeline(trainer.strategy.model) if ddp else getattr(trainer.strategy, "timeline", None)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        # SWA's last epoch has no steps
+        if self._timeline is not None and (step := self._timeline.take_step()) is not None:
+            self.bytes.append(step.num_bytes)
+
+
 def make_data(num: int = 480) -> TensorDataset:
     generator = torch.Generator().manual_seed(7)
     labels = torch.randint(0, NUM_CLASSES, (num,), generator=generator)
@@ -149,6 +167,25 @@ def train(
     runner.fit(module, loader, loader if validate else None, ckpt_path=ckpt_path)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     return {**state, **{f"metric {name}": value for name, value in runner.callback_metrics.items() if name != "loss"}}
+
+
+def train_classifier(
+    rank: int, strategy: str, devices: int, model: dict[str, Any], trainer: dict[str, Any] | None = None
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Three steps of a ResNet-18 on four images of 32 pixels: the state dict, and the bytes of every step."""
+    quiet()
+    pl.seed_everything(1, verbose=False)
+    module = ImageClassifier("resnet18", num_classes=NUM_CLASSES, **model)
+    images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    loader = DataLoader(TensorDataset(images, torch.arange(24) % NUM_CLASSES), batch_size=4)
+    traffic = Traffic()
+    runner = make_trainer(
+        make_strategy(strategy),
+        devices,
+        **{"max_steps": 3, "callbacks": [traffic], "num_sanity_val_steps": 0} | (trainer or {}),
+    )
+    runner.fit(module, loader, loader)
+    return {name: value.clone() for name, value in module.state_dict().items()}, traffic.bytes
 
 
 def num_processes(strategy: str, num_trainers: int) -> int:
