@@ -60,8 +60,12 @@ def strategy_class_flag(cls: type) -> str:
 
 
 def strategy_options(strategy: object) -> dict[str, Any]:
-    """The strategy's own options as JSON holds them: its attribute ``options``, or the arguments DDP was given."""
+    """The strategy's own options as JSON holds them: its attribute ``options``, or the arguments DDP was given.
+
+    And those of the backend, by their own names.
+    """
     options = getattr(strategy, "options", None) or getattr(strategy, "_ddp_kwargs", None) or {}
+    options = {**options, **getattr(strategy, "backend_options", {})}
     return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in options.items()}
 
 

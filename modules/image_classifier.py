@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from ..errors import UserError
+from .compiling import check_backend
 from .freezing import freeze, is_frozen
 from .gradient_checkpointing import checkpoint_activations
 from .metrics import MeanLoss, PercentCorrect
@@ -63,6 +64,8 @@ class ImageClassifier(LightningModule):
             Their BatchNorm layers keep their statistics.
         gradient_checkpointing: Compute activations twice instead of keeping them: true for the blocks of a ResNet, or
             parts by name as for ``freeze``.
+        compile: Compile the network when it is first used: true for inductor, or the name of another backend of
+            ``torch.compile``. Names of parameters stay as they are.
         optimizer: Optimizer of the parameters.
         decay_norms_and_biases: Whether the optimizer's weight decay holds for parameters of one dimension, too.
         reference_batch_size: Global batch size that the optimizer's learning rate is meant for: for another it is
@@ -82,6 +85,7 @@ class ImageClassifier(LightningModule):
         channels_last: bool = False,
         freeze: str | None = None,
         gradient_checkpointing: bool | str = False,
+        compile: bool | str = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
             params, lr=0.05, momentum=0.9, weight_decay=1e-4, fused=True
         ),
@@ -103,6 +107,7 @@ class ImageClassifier(LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.freeze_patterns = freeze
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_backend = check_backend(compile)
         self.optimizer = _Shared(optimizer)
         self.decay_norms_and_biases = decay_norms_and_biases
         self.reference_batch_size = reference_batch_size
@@ -125,6 +130,8 @@ class ImageClassifier(LightningModule):
             self._frozen_norms = freeze(net, self.freeze_patterns)
         checkpoint_activations(net, self.gradient_checkpointing)
         self.net = net.to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
+        if self.compile_backend is not None:  # in place: DDP, our strategies and checkpoints see the same module
+            self.net.compile(backend=self.compile_backend)
         self.num_classes = self.hparams["num_classes"] = num_classes
         self.metrics = nn.ModuleDict(
             {

@@ -28,6 +28,7 @@ from ..comm.memory import keep_freed_memory
 from ..comm.silence import limit_silence
 from ..comm.timeline import Timeline
 from ..errors import UserError
+from .backend_options import apply_backend_options, check_backend_options
 from .control_plane import ControlPlane, GroupControlPlane, LocalControlPlane
 from .interface import use_interface_towards
 from .profiling import show_in_profiler
@@ -48,6 +49,8 @@ class CollectiveStrategy(ParallelStrategy):
             follows a synchronizing step, as DDP does.
         keep_freed_memory: Tell glibc not to give freed memory back to the kernel between steps, since the next step
             needs it again; no effect where ``MALLOC_*`` or ``GLIBC_TUNABLES`` is set.
+        backend_options: Environment variables of gloo or NCCL, such as ``{"NCCL_ALGO": "Ring"}``, set before the
+            process group starts; see :mod:`.backend_options`.
     """
 
     is_distributed = True  # or Lightning injects no DistributedSampler and ignores sync_dist
@@ -65,9 +68,11 @@ class CollectiveStrategy(ParallelStrategy):
         step_timeout_s: float = 300.0,
         broadcast_buffers: bool = True,
         keep_freed_memory: bool = True,
+        backend_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.backend_options = check_backend_options(backend_options)
         for name, value in (("start_timeout_s", start_timeout_s), ("step_timeout_s", step_timeout_s)):
             if value <= 0:
                 raise UserError(f"--trainer.strategy.{name} must be > 0 seconds, got {value}")
@@ -161,6 +166,7 @@ class CollectiveStrategy(ParallelStrategy):
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
+        apply_backend_options(self.backend_options, self.process_group_backend, dist.is_initialized())
         self.connect_processes()
 
     def connect_processes(self) -> None:
