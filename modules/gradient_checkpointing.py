@@ -18,15 +18,15 @@ from ..errors import UserError
 from .patterns import lies_below, parts_named
 
 _FLAG = "--model.gradient_checkpointing"
+# By block ResNet-50 keeps a third of its activations, by stage (`layer[1234]`) half, for the same computing.
 _BLOCKS_OF_RESNETS = "layer[1234].*"
-# By stage (`layer[1234]`) ResNet-50 keeps half of its activations, by block a third, for the same computing.
 
 
 def checkpoint_activations(net: nn.Module, parts: str | bool) -> None:
     """Let parts of a network compute their activations twice, with the same gradients and BatchNorm statistics.
 
     Args:
-        net: Is changed: calls of the parts' ``forward`` are.
+        net: The ``forward`` of its parts is replaced.
         parts: Patterns of modules, see :func:`.patterns.parts_named`; of a ``ModuleList`` its members. True: the blocks
             of a ResNet. False: none.
 
@@ -35,15 +35,19 @@ def checkpoint_activations(net: nn.Module, parts: str | bool) -> None:
     """
     if parts is False:
         return
-    for module in _modules(net, _BLOCKS_OF_RESNETS if parts is True else parts, parts is True):
+    for module in _modules(net, _blocks(net) if parts is True else parts):
         module.forward = _Checkpointed(module, module.forward)
 
 
-def _modules(net: nn.Module, patterns: str, is_default: bool) -> list[nn.Module]:
-    if is_default and not hasattr(net, "layer1"):
-        lists = {name for name, part in net.named_modules() if name and isinstance(part, nn.Sequential | nn.ModuleList)}
-        names = ",".join(f"{name}.*" for name in sorted(lists) if not lies_below(name, lists))
-        raise UserError(f"{_FLAG} true is for ResNets; name the parts of this network, such as {names}")
+def _blocks(net: nn.Module) -> str:
+    if hasattr(net, "layer1"):
+        return _BLOCKS_OF_RESNETS
+    lists = {name for name, part in net.named_modules() if name and isinstance(part, nn.Sequential | nn.ModuleList)}
+    names = ",".join(f"{name}.*" for name in sorted(lists) if not lies_below(name, lists))
+    raise UserError(f"{_FLAG} true is for ResNets; name the parts of this network, such as {names}")
+
+
+def _modules(net: nn.Module, patterns: str) -> list[nn.Module]:
     found: list[nn.Module] = []
     for name in parts_named(net, patterns, _FLAG):
         if any(name == parameter for parameter, _ in net.named_parameters()):

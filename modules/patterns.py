@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Container
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -29,20 +30,17 @@ def parts_named(net: nn.Module, patterns: str, flag: str) -> list[str]:
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise UserError(f"{flag}: the network has no part {pattern!r}; {_hint(net, pattern, known)}")
-    named = [name for name in known if any(fnmatchcase(name, pattern) for pattern in wanted)]
-    return [name for name in named if not lies_below(name, set(named))]
+    named = {name: None for name in known if any(fnmatchcase(name, pattern) for pattern in wanted)}
+    return [name for name in named if not lies_below(name, named)]
 
 
-def lies_below(name: str, parts: set[str]) -> bool:
+def lies_below(name: str, parts: Container[str]) -> bool:
     """Whether the name is that of something within one of the parts."""
     steps = name.split(".")
     return any(".".join(steps[:depth]) in parts for depth in range(1, len(steps)))
 
 
 def _hint(net: nn.Module, pattern: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(pattern, known, n=5)
-    return (
-        f"nearest: {', '.join(nearest)}"
-        if nearest
-        else f"its parts: {', '.join(name for name, _ in net.named_children())}"
-    )
+    if nearest := difflib.get_close_matches(pattern, known, n=5):
+        return f"nearest: {', '.join(nearest)}"
+    return f"its parts: {', '.join(name for name, _ in net.named_children())}"
