@@ -10,7 +10,7 @@ import torch
 from commands import gradsync
 from distributed import run_distributed
 from torch import nn
-from training import num_processes, train_classifier, trainers_only
+from training import fitted_classifiers, train_classifier
 
 from gradsync.errors import UserError
 from gradsync.modules import ImageClassifier
@@ -20,8 +20,6 @@ from gradsync.modules.networks import build_network
 OURS = ["manual_allreduce", "parameter_server", "sharded_server"]
 ALL_BUT_THE_LAST_STAGE = "conv1,bn1,layer[123]"
 LAST_STAGE = ("layer4.", "fc.")
-
-_references: dict[Any, Any] = {}
 
 
 def resnet() -> nn.Module:
@@ -86,35 +84,26 @@ def test_the_optimizer_holds_what_is_trained(decay_norms_and_biases: bool) -> No
     assert len(optimizer.param_groups) == 1  # nothing of one dimension is left
 
 
-def _fitted(strategy: str, patterns: str | None) -> list[Any]:
-    key = (strategy, patterns)
-    if key not in _references:
-        processes = num_processes(strategy, 2)
-        model = {"freeze": patterns}
-        _references[key] = trainers_only(
-            strategy, run_distributed(train_classifier, processes, strategy, processes, model)
-        )
-    return _references[key]
-
-
 @pytest.mark.parametrize("strategy", OURS)
 def test_trains_and_sends_the_rest(strategy: str) -> None:
     net = resnet()
     all_bytes = sum(parameter.nbytes for parameter in net.parameters())
     rest = sum(parameter.nbytes for name, parameter in net.named_parameters() if name.startswith(LAST_STAGE))
     for ours, reference in zip(
-        _fitted(strategy, ALL_BUT_THE_LAST_STAGE), _fitted("ddp", ALL_BUT_THE_LAST_STAGE), strict=True
+        fitted_classifiers(strategy, freeze=ALL_BUT_THE_LAST_STAGE),
+        fitted_classifiers("ddp", freeze=ALL_BUT_THE_LAST_STAGE),
+        strict=True,
     ):
         state, num_bytes = ours
         assert all(torch.equal(value, reference[0][name]) for name, value in state.items())
-        whole = _fitted(strategy, None)[0][1]
+        whole = fitted_classifiers(strategy, freeze=None)[0][1]
         # Slices of sharded_server are padded to a multiple of the ranks' number.
         assert num_bytes == pytest.approx([step * rest / all_bytes for step in whole], rel=0, abs=64)
 
 
 def test_what_is_frozen_stays_as_it_is_statistics_too() -> None:
     [(before, _)] = run_distributed(train_classifier, 1, "ddp", 1, {}, {"max_steps": 0})
-    after, _ = _fitted("manual_allreduce", ALL_BUT_THE_LAST_STAGE)[0]
+    after, _ = fitted_classifiers("manual_allreduce", freeze=ALL_BUT_THE_LAST_STAGE)[0]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith(("net.layer4.", "net.fc."))}
 

@@ -11,14 +11,13 @@ from distributed import run_distributed
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional
-from training import num_processes, train_classifier, trainers_only
+from training import fitted_classifiers
 
 from gradsync.errors import UserError
 from gradsync.modules.gradient_checkpointing import checkpoint_activations
 from gradsync.modules.networks import build_network
 
 OURS = ["manual_allreduce", "parameter_server", "sharded_server"]
-_references: dict[str, Any] = {}
 
 
 def built(arch: str) -> nn.Module:
@@ -111,20 +110,13 @@ def test_what_cannot_be_is_refused(arch: str, parts: str | bool, told: str) -> N
     assert told in str(caught.value)
 
 
-def _fitted(strategy: str, parts: str | bool) -> list[Any]:
-    key = f"{strategy} {parts}"
-    if key not in _references:
-        processes = num_processes(strategy, 2)
-        model = {"gradient_checkpointing": parts}
-        _references[key] = trainers_only(
-            strategy, run_distributed(train_classifier, processes, strategy, processes, model)
-        )
-    return _references[key]
-
-
 @pytest.mark.parametrize("strategy", ["ddp", *OURS])
 def test_weights_and_bytes_are_those_of_a_run_without(strategy: str) -> None:
-    for (ours, ours_bytes), (plain, plain_bytes) in zip(_fitted(strategy, True), _fitted(strategy, False), strict=True):
+    for (ours, ours_bytes), (plain, plain_bytes) in zip(
+        fitted_classifiers(strategy, gradient_checkpointing=True),
+        fitted_classifiers(strategy, gradient_checkpointing=False),
+        strict=True,
+    ):
         assert [name for name in plain if not torch.equal(ours[name], plain[name])] == []
         assert ours_bytes == plain_bytes
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from distributed import run_distributed
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -186,6 +188,13 @@ def train_classifier(
     )
     runner.fit(module, loader, loader)
     return {name: value.clone() for name, value in module.state_dict().items()}, traffic.bytes
+
+
+@cache
+def fitted_classifiers(strategy: str, **model: Any) -> list[tuple[dict[str, torch.Tensor], list[int]]]:
+    """What :func:`train_classifier` returns in each of two training processes; trained once for all tests."""
+    processes = num_processes(strategy, 2)
+    return trainers_only(strategy, run_distributed(train_classifier, processes, strategy, processes, model))
 
 
 def num_processes(strategy: str, num_trainers: int) -> int:
