@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from ..errors import UserError
 
-_FLAG = "--trainer.strategy.backend_options"
+FLAG = "--trainer.strategy.backend_options"
 
 _ANY, _NUMBER, _SWITCH = "a text", "a whole number >= 0", "0 or 1"
 _ALGORITHMS = "Tree, Ring, CollnetDirect, CollnetChain, NVLS, NVLSTree or PAT"
@@ -38,8 +38,8 @@ _KINDS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def check_backend_options(options: Mapping[str, object] | None) -> dict[str, str]:
-    """Names and values as the environment holds them.
+def check_backend_options(options: Mapping[str, object] | None, flag: str = FLAG) -> dict[str, str]:
+    """Names and values as the environment holds them; ``flag``: where the user gave them, for messages.
 
     Raises:
         UserError: an unknown name, with the nearest ones, or a value that cannot be.
@@ -49,14 +49,14 @@ def check_backend_options(options: Mapping[str, object] | None) -> dict[str, str
     for name, value in (options or {}).items():
         if name not in known:
             nearest = ", ".join(difflib.get_close_matches(name.upper(), known, cutoff=0.5) or known)
-            raise UserError(f"{_FLAG}: unknown name {name!r}; nearest: {nearest}")
+            raise UserError(f"{flag}: unknown name {name!r}; nearest: {nearest}")
         text = checked[name] = str(int(value) if isinstance(value, bool) else value)
         if not _can_be(known[name], text):
-            raise UserError(f"{_FLAG}: {name} must be {_told(known[name])}, got {text!r}")
+            raise UserError(f"{flag}: {name} must be {_told(known[name])}, got {text!r}")
     return checked
 
 
-def apply_backend_options(options: Mapping[str, str], backend: str, group_exists: bool) -> None:
+def apply_backend_options(options: Mapping[str, str], backend: str, group_exists: bool, flag: str = FLAG) -> None:
     """Put them into this process's environment, in place of what is there.
 
     Raises:
@@ -64,9 +64,9 @@ def apply_backend_options(options: Mapping[str, str], backend: str, group_exists
     """
     foreign = [name for name in options if name not in _KINDS[backend]]
     if foreign:
-        raise UserError(f"{_FLAG}: {foreign[0]} does nothing here: gradients travel by {backend}")
+        raise UserError(f"{flag}: {foreign[0]} does nothing here: gradients travel by {backend}")
     if group_exists and any(os.environ.get(name) != value for name, value in options.items()):
-        raise UserError(f"{_FLAG}: this process has its process group already; give the same to the first fit")
+        raise UserError(f"{flag}: this process has its process group already; give the same to the first fit")
     os.environ.update(options)
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.strategies import ParallelStrategy
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
@@ -25,6 +26,7 @@ from ..comm.engine import DEFAULT_BUCKET_MIB
 from ..comm.memory import keep_freed_memory
 from ..comm.reducer import GradientReducer
 from ..errors import UserError
+from .backend_options import apply_backend_options, check_backend_options
 from .control_plane import ControlPlane, GroupControlPlane, LocalControlPlane
 from .reducer_options import ReducerOptions, check_seconds
 from .rendezvous import connect_store, roll_call, start_default_group
@@ -43,8 +45,8 @@ class FabricManualAllReduceStrategy(ParallelStrategy):
 
     Args:
         algorithm, bucket_mib, overlap, comm_hook, comm_state: See :class:`.ManualAllReduceStrategy`.
-        process_group_backend, start_timeout_s, step_timeout_s, broadcast_buffers, keep_freed_memory: See
-            :class:`.CollectiveStrategy`.
+        process_group_backend, start_timeout_s, step_timeout_s, broadcast_buffers, keep_freed_memory,
+            backend_options: See :class:`.CollectiveStrategy`.
         kwargs: See :class:`lightning.fabric.strategies.ParallelStrategy`.
     """
 
@@ -62,9 +64,11 @@ class FabricManualAllReduceStrategy(ParallelStrategy):
         step_timeout_s: float = 300.0,
         broadcast_buffers: bool = True,
         keep_freed_memory: bool = True,
+        backend_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._backend_options = check_backend_options(backend_options, "backend_options")
         self._options = ReducerOptions(algorithm, bucket_mib, overlap, comm_hook, comm_state, step_timeout_s)
         check_seconds("start_timeout_s", start_timeout_s)
         if process_group_backend not in (None, "gloo", "nccl"):
@@ -118,13 +122,15 @@ class FabricManualAllReduceStrategy(ParallelStrategy):
         """Meet the other processes and start the default group; called by ``fabric.launch``. Blocks."""
         super().setup_environment()
         self._set_world_ranks()
+        backend = self.process_group_backend
+        apply_backend_options(self._backend_options, backend, dist.is_initialized(), "backend_options")
         environment = self.cluster_environment
         assert environment is not None
         address, port, rank = environment.main_address, environment.main_port, self.global_rank
         shared, store = connect_store(address, port, rank, self._start_timeout)
         roll_call(store, rank, self.world_size, self._start_timeout)
         timeout = timedelta(seconds=self._options.step_timeout_s)
-        start_default_group(shared, self.process_group_backend, rank, self.world_size, timeout, self.root_device)
+        start_default_group(shared, backend, rank, self.world_size, timeout, self.root_device)
         self.control = GroupControlPlane(self.root_device)
 
     @override

@@ -306,6 +306,7 @@ def test_a_compiled_module_trains_as_under_ddp() -> None:
         ({"start_timeout_s": 0}, "start_timeout_s must be > 0 seconds, got 0"),
         ({"step_timeout_s": -1}, "step_timeout_s must be > 0 seconds, got -1"),
         ({"process_group_backend": "mpi"}, "process_group_backend must be gloo or nccl, got 'mpi'"),
+        ({"backend_options": {"NCCL_ALGOS": "Ring"}}, "^backend_options: unknown name .*nearest: NCCL_ALGO"),
     ],
 )
 def test_a_wrong_option_is_refused_before_processes_start(options: dict[str, Any], text: str) -> None:
