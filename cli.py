@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from . import __version__
@@ -21,6 +22,7 @@ from .errors import StoppedBySignal
 from .failures import FailureRecords
 from .processes import await_children, die_with_parent, is_started_by_rank_zero, is_supervised, starts_a_run
 from .supervisor import go_on_supervised
+from .template import drop_template, keep_template, start_process
 
 _CHILD_PATIENCE_S = 10.0
 _CAUSE_S = 2.0
@@ -117,6 +119,7 @@ def _guarded(run: Callable[[], Any], leave_hard: bool = False) -> None:
     except StoppedBySignal as stop:
         # Lightning's launcher takes another code of a child for a failure.
         code = 0 if is_started_by_rank_zero() else 128 + stop.signum
+        drop_template()
         await_children(_CHILD_PATIENCE_S)
     except Exception as error:
         _tell(error, records)
@@ -151,7 +154,9 @@ def _run_lightning(arguments: list[str]) -> Any:
     from .strategy_flag import expand
 
     if is_supervised():
-        _leave_watching_to_supervisor()
+        if not is_started_by_rank_zero():
+            keep_template()
+        _replace_lightnings_launching()
     sys.argv = [sys.argv[0], *expand(arguments)]
     # Only noise: https://github.com/Lightning-AI/pytorch-lightning (isinstance(treespec, LeafSpec)).
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*", module="lightning")
@@ -164,11 +169,12 @@ def _run_lightning(arguments: list[str]) -> Any:
     return cli
 
 
-def _leave_watching_to_supervisor() -> None:
-    """Lightning's observer takes the status of a process that has failed, kills this one and names nobody."""
+def _replace_lightnings_launching() -> None:
+    """Its launcher loads everything anew; its observer takes a failed child's status, kills this one, names nobody."""
     from lightning.pytorch.strategies.launchers import subprocess_script
 
     subprocess_script._launch_process_observer = lambda child_processes: None
+    subprocess_script.subprocess = SimpleNamespace(Popen=start_process)
 
 
 if __name__ == "__main__":

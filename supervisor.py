@@ -95,12 +95,8 @@ class _Supervisor:
         return code if code >= 0 else 128 - code
 
     def _find(self) -> None:
-        """Watch those that are new: also before they have loaded enough to introduce themselves."""
-        watched = set(self._watched.values())
-        for pid in _children_of(self._first) - watched - self._records.processes().keys():
-            if (rank := _launched_as(pid)) is not None:
-                self._records.introduce(f"process {rank}", pid)
-        for pid in self._records.processes().keys() - watched:
+        """Watch those that are new: they introduce themselves before they do anything else."""
+        for pid in self._records.processes().keys() - set(self._watched.values()):
             self._watch(pid)
 
     def _watch(self, pid: int) -> None:
@@ -172,24 +168,6 @@ def _hear(numbers: set[signal.Signals], writer: int) -> None:
     while True:
         got = signal.sigwaitinfo(numbers)
         os.write(writer, bytes((got.si_signo, got.si_code == _SENT_BY_KERNEL)))
-
-
-def _children_of(pid: int) -> set[int]:
-    """Those that its main thread has started."""
-    try:
-        return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-    except OSError:  # it has ended, or the kernel was built without
-        return set()
-
-
-def _launched_as(pid: int) -> str | None:
-    """Local rank of a process that Lightning's launcher started, None for another (a loader's worker)."""
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    ranks = [entry.partition(b"=")[2].decode() for entry in environment if entry.startswith(b"LOCAL_RANK=")]
-    return ranks[0] if ranks and ranks[0] != "0" else None  # what the first process itself starts has 0
 
 
 def _status_of_zombie(pid: int) -> int | None:

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
 
 from ..failures import introduce
+from ..template import start_process
 from .profiling import without_torch_profiler
 from .worker_return import INCARNATION
 
@@ -95,7 +96,7 @@ class ServerLauncher(_SubprocessScriptLauncher):
         process.kill()
         if incarnation is not None:
             environment = {**os.environ, "LOCAL_RANK": str(process_rank), INCARNATION: str(incarnation)}
-            self.procs[process_rank - 1] = process = subprocess.Popen(_basic_subprocess_cmd(), env=environment)
+            self.procs[process_rank - 1] = process = start_process([*_basic_subprocess_cmd()], environment)
             introduce(name, process.pid, may_be_lost=True)
         return incarnation is not None
 

@@ -9,16 +9,19 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from preloaded import Preloaded, Started
 
 TESTS = Path(__file__).parent
 sys.path.append(str(TESTS.parent / "benchmarks"))
 from busy import Busy  # noqa: E402 (the same measure as theirs)
 
 _MARK = "GRADSYNC_TEST_RUN"
+OURS = (sys.executable, "-m", "gradsync")
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,29 @@ class Ended:
         return self.at - since < self.busy.bound_s(seconds, since)
 
 
-def _marked(mark: str) -> dict[int, str]:
-    """Command lines of the processes that carry ``mark`` in their environment."""
+def _marked(mark: str, session: int) -> dict[int, str]:
+    """Command lines of the processes that carry ``mark`` in their environment, or are in this session."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+            state, _, _, of_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            is_marked = f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            if is_marked or (of_session == str(session) and state not in "ZX"):
                 found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except (OSError, ProcessLookupError):
             continue  # ended meanwhile, or not ours
     return found
+
+
+def local_rank_of(pid: int) -> str | None:
+    """By the name of a process that was forked from a run's template, or the environment that a launcher gave it."""
+    with suppress(OSError):  # ended meanwhile
+        kind, _, name = Path(f"/proc/{pid}/comm").read_text().strip().partition(":")
+        if kind == "gradsync":
+            return name
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        return next((line.partition("=")[2] for line in environment if line.startswith("LOCAL_RANK=")), None)
+    return None
 
 
 def _send(number: signal.Signals, target: str, leader: int, mark: str) -> None:
@@ -55,11 +71,9 @@ def _send(number: signal.Signals, target: str, leader: int, mark: str) -> None:
         os.killpg(leader, number)
         return
     processes = {"launcher": leader}
-    for pid in _marked(mark):
+    for pid in _marked(mark, leader):
         with suppress(OSError):  # ended meanwhile
-            environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-            rank = next((line.partition("=")[2] for line in environment if line.startswith("LOCAL_RANK=")), None)
-            if rank is not None:
+            if (rank := local_rank_of(pid)) is not None:
                 processes[rank] = pid
             elif Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == str(leader):
                 processes["0"] = pid  # forked by the supervisor, which does not know of ranks
@@ -70,6 +84,34 @@ def _kill(pids: Iterable[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+_preloaded: Preloaded | None = None
+
+
+@contextmanager
+def preloaded() -> Iterator[None]:
+    """Within, commands of ours are forked from a process that has loaded what they need."""
+    global _preloaded
+    _preloaded = Preloaded()
+    yield
+    _preloaded.close()
+    _preloaded = None
+
+
+def _start(command: list[str], cwd: Path, env: dict[str, str], output: int) -> Started | subprocess.Popen[bytes]:
+    if _preloaded is not None and (command[:3] == [*OURS] or command[:2] == [sys.executable, "-c"]):
+        return _preloaded.start(command[1:], cwd, env, output)
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        # A suite that a shell runs in the background ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def run_command(
@@ -93,29 +135,19 @@ def run_command(
     env = {**inherited, _MARK: mark, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     env["PYTHONUNBUFFERED"] = "1"
     start = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        # A suite that a shell runs in the background ignores SIGINT, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    reader, writer = os.pipe()
+    process = _start(command, cwd, env, writer)
+    os.close(writer)
     busy, late = Busy(), threading.Event()
 
     def stop() -> None:
         late.set()
-        _kill(_marked(mark))
+        _kill(_marked(mark, process.pid))
 
     limit = threading.Timer(timeout_s, stop)
     limit.start()
-    assert process.stdout is not None
     lines = []
-    with process.stdout as output:
+    with os.fdopen(reader, errors="replace") as output:
         for line in output:
             lines.append(line)
             if interrupt_at is not None and interrupt_at in line:
@@ -127,7 +159,7 @@ def run_command(
     code = process.wait()
     limit.cancel()
     at = time.monotonic()
-    while (orphans := _marked(mark)) and time.monotonic() < at + busy.bound_s(orphan_grace_s, at):
+    while (orphans := _marked(mark, process.pid)) and time.monotonic() < at + busy.bound_s(orphan_grace_s, at):
         time.sleep(0.1)
     busy.stop()
     _kill(orphans)
@@ -136,8 +168,7 @@ def run_command(
 
 def gradsync(*arguments: str, cwd: Path, timeout_s: float = 240, interrupt_at: str | None = None) -> Ended:
     """``gradsync ARGUMENTS`` in ``cwd``."""
-    command = [sys.executable, "-m", "gradsync", *arguments]
-    return run_command(command, cwd, timeout_s, interrupt_at=interrupt_at)
+    return run_command([*OURS, *arguments], cwd, timeout_s, interrupt_at=interrupt_at)
 
 
 def tiny_fit(strategy: str, devices: int, **faults: object) -> list[str]:

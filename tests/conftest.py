@@ -54,8 +54,11 @@ def _temporary_files() -> set[str]:
 @pytest.fixture(autouse=True, scope="session")
 def suite_leaves_nothing_behind() -> Iterator[None]:
     """After the last test: no process of the suite, however far it went, no port, shared memory or temporary file."""
+    from commands import preloaded  # loads torch, as above
+
     os.environ[_MARK], shared = str(os.getpid()), _shared_memory()
-    yield
+    with preloaded():
+        yield
 
     def left() -> dict[str, object]:
         listening = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]

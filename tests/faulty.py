@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from commands import local_rank_of
 from torch.utils.data import DataLoader
 from torchmetrics import CatMetric
 from training import Mlp, make_data
@@ -25,10 +26,7 @@ KILLED_AT = "killed at monotonic second "
 def _process_of(local_rank: int) -> int:
     """A process of this run on this host: started beside this one, or the one that started it."""
     siblings = Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
-    for pid in siblings:
-        if f"LOCAL_RANK={local_rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            return int(pid)
-    return os.getppid()
+    return next((int(pid) for pid in siblings if local_rank_of(int(pid)) == str(local_rank)), os.getppid())
 
 
 WORKERS, VICTIM = 3, 2

@@ -126,9 +126,9 @@ def test_a_comparison_that_is_killed_leaves_no_run(tmp_path: Path) -> None:
     command = _fit("compare", "--demo", "--strategies", "manual_allreduce", "--epochs", "100", "--output", "out")
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while len(_of_run(tmp_path)) < 3 and time.monotonic() < deadline:  # supervisor and two ranks
+    while len(_of_run(tmp_path)) < 4 and time.monotonic() < deadline:  # supervisor, template and two ranks
         time.sleep(0.1)
-    assert len(_of_run(tmp_path)) >= 3
+    assert len(_of_run(tmp_path)) >= 4
     process.kill()
     process.wait()
     deadline = time.monotonic() + 120  # one that is still loading ends when it has
