@@ -18,8 +18,6 @@ import sys
 import time
 from typing import Any, Final, final
 
-from typing_extensions import override
-
 from .errors import UserError
 from .failures import FailureRecords
 from .processes import die_with_parent, end_with
@@ -76,8 +74,7 @@ def start_process(command: list[str], env: dict[str, str], cwd: str | None = Non
 class _Forked(subprocess.Popen):
     """Waited for and sent signals as any child."""
 
-    @override
-    def _execute_child(self, *given: Any) -> None:
+    def _execute_child(self, *given: Any) -> None:  # where Popen starts it
         environment = given[6]
         assert _requests is not None
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
