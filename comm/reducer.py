@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -151,9 +151,7 @@ class GradientReducer:
             for bucket in self.buckets
             for p, view in zip(bucket.parameters(), bucket.views, strict=True)
         }
-        self._handles = [  # not earlier: torch refuses hooks on frozen parameters
-            p.register_post_accumulate_grad_hook(partial(self._on_gradient, slot)) for p, slot in self._slots.items()
-        ]
+        self._handles = [_add_hook(p, partial(self._on_gradient, slot)) for p, slot in self._slots.items()]
 
     def _agreed_order(self) -> list[Tensor]:
         """Parameters in the order in which rank 0's gradients became ready in the last pass; blocks."""
@@ -350,3 +348,12 @@ class GradientReducer:
             if was_used and slot.parameter.requires_grad:
                 slot.parameter.grad = slot.view
             slot.dirty = False
+
+
+def _add_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+    """To a parameter that may be frozen for this pass only (of a GAN, say): torch refuses hooks on frozen ones."""
+    was_trained = parameter.requires_grad
+    try:
+        return parameter.requires_grad_().register_post_accumulate_grad_hook(hook)
+    finally:
+        parameter.requires_grad_(was_trained)
