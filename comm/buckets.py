@@ -12,6 +12,8 @@ from torch import Tensor
 BYTES_PER_MIB = 1024 * 1024
 FIRST_BUCKET_MIB = 1.0
 """DDP's: a small first bucket starts communication early."""
+ALIGNMENT = 64
+"""Bytes; torch's own tensors on the CPU begin at multiples of it, and kernels may round by where a tensor begins."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class BufferSpec:
     device: torch.device
 
     @classmethod
-    def of(cls, parameters: Sequence[Tensor]) -> BufferSpec:
+    def of(cls, parameters: Sequence[Tensor], aligned: bool = False) -> BufferSpec:
         first = parameters[0]
-        return cls(sum(p.numel() for p in parameters), first.dtype, first.device)
+        return cls(sum(room_for(p, aligned) for p in parameters), first.dtype, first.device)
 
 
 @final
@@ -39,15 +41,18 @@ class Bucket:
         index: Position in the launch order.
         parameters: All of one dtype and one device.
         is_last: Whether it is the last bucket of a backward pass.
-        buffer: Its memory, of shape ``(numel of all parameters,)``.
+        buffer: Its memory, of the shape that :class:`BufferSpec` says.
+        aligned: Each gradient begins at a multiple of :data:`ALIGNMENT` bytes; nothing is read from between them.
     """
 
-    def __init__(self, index: int, parameters: list[Tensor], is_last: bool, buffer: Tensor) -> None:
+    def __init__(
+        self, index: int, parameters: list[Tensor], is_last: bool, buffer: Tensor, aligned: bool = False
+    ) -> None:
         self._index = index
         self._is_last = is_last
         self._parameters = parameters
         self._buffer = buffer
-        self.slices = list(self._buffer.split([p.numel() for p in parameters]))
+        self.slices = split(self._buffer, parameters, aligned)
         """Each gradient as a 1-D contiguous part of the buffer."""
         self.views = [view_like(part, p) for part, p in zip(self.slices, parameters, strict=True)]
 
@@ -74,6 +79,18 @@ class Bucket:
     @property
     def num_bytes(self) -> int:
         return self._buffer.numel() * self._buffer.element_size()
+
+
+def room_for(parameter: Tensor, aligned: bool) -> int:
+    """Elements that it takes in a buffer."""
+    per_line = ALIGNMENT // parameter.element_size() if aligned else 1
+    return -(-parameter.numel() // per_line) * per_line
+
+
+def split(buffer: Tensor, parameters: Sequence[Tensor], aligned: bool = False) -> list[Tensor]:
+    """The part of 1-D ``buffer`` that belongs to each parameter, 1-D; no copies."""
+    parts = buffer.split([room_for(p, aligned) for p in parameters])
+    return [part[: p.numel()] for part, p in zip(parts, parameters, strict=True)]
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -138,12 +155,12 @@ def bounded_layout(parameters: Iterable[Tensor], max_bytes: int) -> list[list[Te
 
 
 def make_buckets(
-    layout: Sequence[list[Tensor]], buffers: Iterable[Tensor] | None = None, first: int = 0
+    layout: Sequence[list[Tensor]], buffers: Iterable[Tensor] | None = None, first: int = 0, aligned: bool = False
 ) -> list[Bucket]:
     """Buckets of a layout, from number ``first``, in ``buffers`` (one each, see :class:`BufferSpec`) or new memory."""
     if buffers is None:
-        specs = [BufferSpec.of(run) for run in layout]
+        specs = [BufferSpec.of(run, aligned) for run in layout]
         buffers = [torch.zeros(spec.numel, dtype=spec.dtype, device=spec.device) for spec in specs]
     last = first + len(layout) - 1
     runs = enumerate(zip(layout, buffers, strict=True), first)
-    return [Bucket(i, run, i == last, buffer) for i, (run, buffer) in runs]
+    return [Bucket(i, run, i == last, buffer, aligned) for i, (run, buffer) in runs]

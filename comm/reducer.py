@@ -80,7 +80,7 @@ class GradientReducer:
         overlap: Reduce during the backward pass (True) or after it (False).
         timeline: Where the spans go.
         tuner: Chooses ``bucket_mib`` in the first steps, if given.
-        fixed_layout: Buckets that stay as they are, of all parameters, instead of those described above.
+        fixed_layout: Buckets that stay as they are, of all parameters, instead of those described above; aligned.
         own_groups: Destroyed by :meth:`close`.
 
     Raises:
@@ -116,6 +116,7 @@ class GradientReducer:
         self.buckets: list[Bucket] = []
         self._queue: list[Bucket] = []
         self._slots: dict[Tensor, _Slot] = {}
+        self._aligned = fixed_layout is not None
         if fixed_layout is None:
             self._build()
         else:
@@ -145,7 +146,8 @@ class GradientReducer:
         self._remove_hooks()
         self.algorithm.release([bucket.buffer() for bucket in self.buckets])
         self.buckets, self._slots, self._queue = [], {}, []  # before there are new ones: memory for one layout will do
-        self.buckets = make_buckets(layout, self.algorithm.allocate([BufferSpec.of(run) for run in layout]))
+        buffers = self.algorithm.allocate([BufferSpec.of(run, self._aligned) for run in layout])
+        self.buckets = make_buckets(layout, buffers, aligned=self._aligned)
         self._slots = {
             p: _Slot(p, bucket, view, dirty=p in dirty)
             for bucket in self.buckets

@@ -100,7 +100,8 @@ def preloaded() -> Iterator[None]:
 
 
 def _start(command: list[str], cwd: Path, env: dict[str, str], output: int) -> Started | subprocess.Popen[bytes]:
-    if _preloaded is not None and (command[:3] == [*OURS] or command[:2] == [sys.executable, "-c"]):
+    is_ours = command[:3] == [*OURS] or command[:2] == [sys.executable, "-c"]
+    if is_ours and _preloaded is not None and _preloaded.knows(env):
         return _preloaded.start(command[1:], cwd, env, output)
     return subprocess.Popen(
         command,

@@ -25,15 +25,21 @@ from pathlib import Path
 from typing import Any
 
 _PR_SET_CHILD_SUBREAPER = 36
+_READ_AT_START = ("PYTHONIOENCODING", "PYTHONUTF8", "LC_ALL", "LANG", "OMP_NUM_THREADS")
 
 
 class Preloaded:
     """The program, started by pytest's process."""
 
     def __init__(self) -> None:
+        self._environment = dict(os.environ)
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
+
+    def knows(self, env: dict[str, str]) -> bool:
+        """Whether an interpreter that starts with ``env`` would do what this one has done."""
+        return all(env.get(name) == self._environment.get(name) for name in _READ_AT_START)
 
     def start(self, arguments: list[str], cwd: Path, env: dict[str, str], output: int) -> Started:
         """As ``python ARGUMENTS``, where these are ``-m gradsync ...`` or ``-c CODE ...``."""
@@ -88,9 +94,9 @@ def _become(cwd: str, env: dict[str, str], output: str, arguments: list[str]) ->
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (written, 1), (written, 2)):
         os.dup2(source, target)
-    sys.stdin = os.fdopen(0, closefd=False)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, write_through=True)  # pyright: ignore[reportAttributeAccessIssue]
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, 1, closefd=False) for n, mode in enumerate("rww"))
+    sys.stderr.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(write_through=True)
     sys.path[0] = ""
     sys.path[1:1] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     signal.signal(signal.SIGINT, signal.default_int_handler)

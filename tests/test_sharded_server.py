@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from training import Mlp, TwoOptimizers, make_data, make_strategy, make_trainer, quiet
 
+from gradsync.comm.buckets import room_for
 from gradsync.comm.diagnosis import is_lost_peer
 from gradsync.comm.sharded import ShardedServer, make_sharded_server, shared_memory
 from gradsync.comm.sharded.layout import cut_anywhere, cut_between
@@ -469,7 +470,7 @@ def test_shared_parameters_move_no_bytes_and_an_edit_is_seen_by_all() -> None:
     """That is the price of it, and why it is off by default."""
     (first, seen_0), (second, seen_1) = run_distributed(_share, 2)
     assert (seen_0, seen_1) == (7.0, 7.0)
-    whole = 4 * sum(p.numel() for p in Net().parameters())
+    whole = 4 * sum(room_for(p, aligned=True) for p in Net().parameters())
     assert [a + b for a, b in zip(first, second, strict=True)] == [2 * whole] * 2, "gradients only"
 
 
@@ -594,7 +595,7 @@ def test_foreign_optimizer_state_is_refused() -> None:
 def _measured(rank: int, world_size: int, transport: str) -> StepCommunication:
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 60, bias=False))  # 7500 elements
+    net = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 60, bias=False))  # 7504 with what aligns the bias
     server = _serve(net, torch.optim.SGD(net.parameters(), lr=0.1), transport=transport, bucket_mib=25.0)
     timeline = server.timeline
     for _ in range(3):
@@ -613,7 +614,7 @@ def _measured(rank: int, world_size: int, transport: str) -> StepCommunication:
 def test_counted_bytes_are_what_theory_says(transport: str, world_size: int) -> None:
     """2 (n-1)/n of the data each way, as a ring all-reduce: half in reduce-scatter, half in all-gather."""
     steps = run_distributed(_measured, world_size, world_size, transport)
-    total = 4 * 7500 * 4 * (world_size - 1) // world_size
+    total = 4 * 7504 * 4 * (world_size - 1) // world_size
     assert sum(step.num_bytes for step in steps) == total * world_size
     assert all(abs(step.num_bytes - total) <= 64 * world_size * 4 for step in steps)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +190,9 @@ def train_classifier(
     return {name: value.clone() for name, value in module.state_dict().items()}, traffic.bytes
 
 
-@cache
+@lru_cache(maxsize=4)  # 90 MB each, in every process that is forked
 def fitted_classifiers(strategy: str, **model: Any) -> list[tuple[dict[str, torch.Tensor], list[int]]]:
-    """What :func:`train_classifier` returns in each of two training processes; trained once for all tests."""
+    """What :func:`train_classifier` returns in each of two training processes; trained once for tests in a row."""
     processes = num_processes(strategy, 2)
     return trainers_only(strategy, run_distributed(train_classifier, processes, strategy, processes, model))
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..buckets import BYTES_PER_MIB, BufferSpec, ddp_layout
+from ..buckets import ALIGNMENT, BYTES_PER_MIB, BufferSpec, ddp_layout, room_for
 from ..optimizers import is_elementwise
-from ..shared_memory.host_group import ALIGNMENT
 
 Slice = tuple[int, int]
 """First element in a bucket, and the one after the last."""
@@ -41,7 +40,7 @@ class ShardPlan:
 
     @property
     def spec(self) -> BufferSpec:
-        return BufferSpec.of(self.parameters)
+        return BufferSpec.of(self.parameters, aligned=True)
 
     @property
     def num_bytes(self) -> int:
@@ -95,7 +94,7 @@ def plan_shards(
 
 def _cut(run: list[Tensor], optimizer: Optimizer, loads: list[int]) -> list[Slice]:
     """Slices of the bucket of ``run``; adds their bytes to ``loads``, those of every rank so far."""
-    numels, itemsize = [p.numel() for p in run], run[0].element_size()
+    numels, itemsize = [room_for(p, aligned=True) for p in run], run[0].element_size()
     slices = cut_anywhere(numels, itemsize, len(loads)) if is_elementwise(optimizer) else cut_between(numels, loads)
     for rank, (start, end) in enumerate(slices):
         loads[rank] += (end - start) * itemsize

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..buckets import Bucket, apart, view_like
+from ..buckets import Bucket, apart, split, view_like
 from .layout import ShardPlan
 
 
@@ -32,7 +32,7 @@ class Shard:
     Args:
         plan: What is in the bucket.
         bucket: Its gradients.
-        values: Memory for its parameters, of shape ``(numel of all,)``; they move in by :meth:`move_in`.
+        values: Memory for its parameters, of the plan's ``spec``; they move in by :meth:`move_in`.
         rank: Whose slice.
         whole: Pieces keep the parameter's shape, which the optimizer needs; slices are whole parameters then.
     """
@@ -46,7 +46,7 @@ class Shard:
         self._views = bucket.views
         self._factor = len(plan.slices)
         self._reopened: set[int] = set()
-        homes = [apart(home) for home in values.split([p.numel() for p in plan.parameters])]
+        homes = [apart(home) for home in split(values, plan.parameters, aligned=True)]
         self._homes = [view_like(home, p) for home, p in zip(homes, plan.parameters, strict=True)]
         for number, (parameter, home) in enumerate(zip(plan.parameters, homes, strict=True)):
             start, end = self._own_part(number)
