@@ -116,8 +116,11 @@ def _marked() -> list[str]:
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
     """Fail a test that leaves a process or a temporary file; undo what Lightning leaves in the environment."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only  # loads torch, as above
+
     environment, children, files = dict(os.environ), _children(), _temporary_files()
     yield
+    setattr(rank_zero_only, "rank", 0)  # noqa: B010 (a function attribute, which strategies set)
     os.environ.clear()
     os.environ.update(environment)
     _assert_nothing(
