@@ -58,11 +58,13 @@ def test_signals_to_the_group_leave_the_template_and_reach_those_it_starts(tmp_p
     code = """
 if rank is not None:
     print("started", signal.getsignal(signal.SIGINT) is signal.default_int_handler, flush=True)
+    os.mkdir("started")
     time.sleep(60)
 signal.signal(signal.SIGTERM, lambda *_: None)
 os.killpg(0, signal.SIGTERM)
 process = start_process([], {**os.environ, "LOCAL_RANK": "1"})
-time.sleep(0.5)
+while not os.path.exists("started"):
+    time.sleep(0.01)
 process.terminate()
 print(process.wait())
 """
