@@ -15,7 +15,7 @@ demo: install
 	$(BIN)/gradsync compare --demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 40
+	$(BIN)/python -m pytest --durations 40
 
 lint: install
 	$(BIN)/ruff check .

@@ -39,14 +39,18 @@ def keep_template() -> None:
     gc.freeze()  # what is loaded stays: no collection touches, and thereby copies, the pages that all share
     sys.stdout.flush()
     sys.stderr.flush()
-    if os.fork():
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_RUN)
+    is_first = os.fork() != 0
+    handlers = {} if is_first else {number: signal.signal(number, signal.SIG_IGN) for number in _FOR_THE_RUN}
+    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    if is_first:
         theirs.close()
         _requests = ours
         return
     ours.close()
     end_with(first)
     _name("template")
-    _serve(theirs)
+    _serve(theirs, handlers)
 
 
 def drop_template() -> None:
@@ -91,9 +95,8 @@ class _Forked(subprocess.Popen):
         self._child_created = True
 
 
-def _serve(requests: socket.socket) -> None:
-    """In the template: return in new processes only."""
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _FOR_THE_RUN}
+def _serve(requests: socket.socket, handlers: dict[signal.Signals, Any]) -> None:
+    """In the template: return in new processes only, with these signal handlers."""
     for line in requests.makefile("rb"):
         try:
             between = os.fork()
