@@ -1,8 +1,8 @@
 """A fresh interpreter that has loaded gradsync, and forks whoever a test would start: seconds of imports less a start.
 
 Run as a program it reads requests, a JSON object a line, and answers each with a process number. What it forks is the
-child of the one that asks, in a session of its own, and ends as an interpreter does; it is no different from a started
-one but in ``/proc``, which shows the command line and environment of this program.
+child of the one that asks, in a session of its own. It differs from a started one in ``/proc``, which shows the command
+line and environment of this program, and in its end: what was loaded is not taken apart.
 """
 
 from __future__ import annotations
