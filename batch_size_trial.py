@@ -7,15 +7,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
 
-from .comparison_runs import end_group, error_in, fit_environment
+from .fit_process import error_in, running_fit
 
 Outcome = Literal["fits", "too large", "more than the data", "failed"]
 
@@ -70,17 +68,12 @@ def run_trial(batch_size: int, arguments: list[str], folder: Path, limit_bytes: 
     results.unlink(missing_ok=True)
     log = folder / f"{batch_size}.log"
     start = time.monotonic()
-    with log.open("w") as output:
-        command = [sys.executable, "-m", "gradsync", "fit", *arguments, *own]
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=fit_environment(), start_new_session=True
-        )
+    with log.open("w") as output, running_fit(["fit", *arguments, *own], output) as process:
         memory = _MemoryWatch(process.pid, limit_bytes)
         try:
             code = process.wait()
         finally:
             memory.stop()
-            end_group(process)
     seconds = time.monotonic() - start
     lines = log.read_text(errors="replace").splitlines()
     return _judge(batch_size, code, lines, results, memory, seconds)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, final
+from typing import IO, final
 
 from rich.console import Console
 from rich.live import Live
 
 from .comparison_table import ComparisonTable
-from .processes import child_environment
+from .fit_process import error_in, running_fit
 from .report import atomic_write_json, failed_filename, result_filename
 from .report.methods import Method, StemParts, join_stem
 
 _DONE = re.compile(r"^epoch \d+/\d+ done")
 _SHOWN = re.compile(r"^(epoch |server( \d+)?: )")
-_END_PATIENCE_S = 10.0
 
 
 @final
@@ -82,26 +78,15 @@ class ComparisonRuns:
         log_path = self._output / "logs" / f"{run.stem}.log"
         results = self._output / result_filename(run.stem)
         paths = ["--run_dir", str(self._output / "tensorboard" / run.name), "--results", str(results)]
-        command = [sys.executable, "-m", "gradsync", *run.arguments, *paths]
+        arguments = [*run.arguments, *paths]
         (self._output / failed_filename(run.stem)).unlink(missing_ok=True)
         self._tell(f"[{run.name}] starting, log in {log_path}")
         with log_path.open("w", buffering=1) as log:
-            log.write(f"$ {' '.join(command)}\n")
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env=fit_environment(),
-                start_new_session=True,
-            )
-            assert process.stdout is not None
-            try:
+            log.write(f"$ gradsync {' '.join(arguments)}\n")
+            with running_fit(arguments, subprocess.PIPE) as process:
+                assert process.stdout is not None
                 last_lines = self._follow(number, run, process.stdout, log)
                 code = process.wait()
-            finally:
-                end_group(process)
         if code == 0:
             return None
         error = error_in(last_lines) or f"exit code {code}"
@@ -136,30 +121,3 @@ class ComparisonRuns:
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
-
-
-def fit_environment() -> dict[str, str]:
-    """One thread per rank unless the user says otherwise: ranks share the cores."""
-    environment = child_environment()
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    return environment
-
-
-def end_group(process: subprocess.Popen[Any]) -> None:
-    """No process outlives its run: ask the run's group to end, then make it."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, signum)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(_END_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def error_in(lines: list[str]) -> str | None:
-    """What a run says of its own failure; a first failure elsewhere counts more than its consequences."""
-    said = [line.removeprefix("gradsync: ") for line in lines if line.startswith("gradsync: ")]
-    direct = [line for line in said if line.startswith("error: ")]
-    return (direct or said or [None])[0]
