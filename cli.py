@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif command in _COMMANDS:
         die_with_parent()
         if starts_a_run():
+            _guarded(_load, leave_hard=True)  # once, for all processes of the run
             go_on_supervised()
         _guarded(lambda: _run_lightning(arguments), leave_hard=True)
     else:
@@ -147,6 +148,10 @@ def _tell(error: Exception, records: FailureRecords) -> None:
         traceback.print_exception(error)
     if is_news or text is None:
         print(f"gradsync: error: {said}", file=sys.stderr)
+
+
+def _load() -> None:
+    from . import lightning_cli  # noqa: F401
 
 
 def _run_lightning(arguments: list[str]) -> Any:

@@ -74,6 +74,11 @@ class FailureRecords:
             part.write_text(json.dumps(content))
             part.rename(self._folder / name)
 
+    def clear(self) -> None:
+        """Forget the processes of a run that is over, why they failed, and what else they have left here."""
+        for path in self._folder.iterdir():
+            path.unlink()
+
     def close(self) -> None:
         """Remove the folder, if this process made it."""
         if self._owner:

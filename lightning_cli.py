@@ -11,6 +11,7 @@ from subprocess import TimeoutExpired
 from typing import Any, final
 
 import lightning.pytorch as pl
+from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -28,6 +29,7 @@ from .callbacks import (
     RandomState,
     ResultsWriter,
     RunSummary,
+    Snapshots,
     StartBanner,
     StopOnSignal,
     TraceWriter,
@@ -35,11 +37,13 @@ from .callbacks import (
 )
 from .callbacks.nonfinite_guard import OnNonfinite
 from .callbacks.run_environment import strategy_flag
+from .callbacks.snapshots import SNAPSHOT
 from .checkpoints import BackgroundCheckpointIO, DurableCheckpointIO, is_local
 from .datamodules import ImageNetDataModule
 from .errors import UserError
 from .modules import ImageClassifier
-from .processes import RUN_DIR, is_started_by_rank_zero
+from .processes import RUN_DIR, is_started_by_rank_zero, is_supervised
+from .restarts import Restart
 from .strategies.ddp_restart import form_group_after_restart
 from .strategy_flag import class_path
 from .trainer import Trainer
@@ -97,6 +101,18 @@ class GradsyncCLI(LightningCLI):
             "--async_checkpoints", type=bool, default=False, help="train on while a checkpoint is written to the disk"
         )
         parser.add_argument(
+            "--snapshot_every_n_steps",
+            type=NonNegativeInt,
+            default=0,
+            help="optimizer steps from one checkpoint to the next; 0: only at the end of epochs",
+        )
+        parser.add_argument(
+            "--max_restarts",
+            type=NonNegativeInt,
+            default=0,
+            help="how often a run on one host that fails is started again, from its newest checkpoint",
+        )
+        parser.add_argument(
             "--on_nonfinite",
             type=OnNonfinite,
             default="stop",
@@ -129,6 +145,8 @@ class GradsyncCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath and is_local(callback.dirpath):
                 _check_writable(Path(callback.dirpath))
         form_group_after_restart(trainer.strategy)
+        if (restart := Restart.this()) and (saved := _newest_since(restart.begun, trainer)):
+            self.config_init["fit"]["ckpt_path"] = str(saved)
         return trainer
 
     def _make_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -169,7 +187,7 @@ class GradsyncCLI(LightningCLI):
 
     @staticmethod
     def _default_run_dir(config: Any) -> str:
-        if is_started_by_rank_zero() and RUN_DIR in os.environ:
+        if (is_started_by_rank_zero() or Restart.this()) and RUN_DIR in os.environ:
             return os.environ[RUN_DIR]
         strategy = config["strategy"]
         name = strategy if isinstance(strategy, str) else strategy_flag(strategy)
@@ -198,7 +216,16 @@ class GradsyncCLI(LightningCLI):
         given = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])
         if config.get("enable_checkpointing") is not False and not given:
             callbacks.append(_newest_checkpoints(run_dir / "checkpoints"))
+        callbacks.append(self._snapshots(config, run_dir))  # behind the guard, which lets nothing bad through
         return callbacks
+
+    def _snapshots(self, config: Any, run_dir: Path) -> Snapshots:
+        every, at_most = (self._get(self.config, name) for name in ("snapshot_every_n_steps", "max_restarts"))
+        if at_most and not is_supervised():
+            raise UserError("--max_restarts is for runs that gradsync starts: give it to torchrun, as --max-restarts")
+        if at_most and config["num_nodes"] > 1:
+            raise UserError("--max_restarts starts runs of one host again: leave it out with --trainer.num_nodes > 1")
+        return Snapshots(run_dir, every, at_most)
 
     def wait_for_children(self) -> None:
         """Let the processes that this one started finish: they end with it.
@@ -230,6 +257,16 @@ def _check_writable(folder: Path) -> None:
         raise UserError(
             f"the run's folder {folder} cannot be written ({error.strerror}): name another --run_dir"
         ) from error
+
+
+def _newest_since(begun: float, trainer: pl.Trainer) -> Path | None:
+    """The newest checkpoint of this run, which began then; None before there is one."""
+    paths = [Path(os.environ[RUN_DIR], SNAPSHOT)]
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            paths += map(Path, callback._find_last_checkpoints(trainer))
+    saved = {path: path.stat().st_mtime for path in paths if path.is_file()}
+    return max((path for path in saved if saved[path] >= begun), key=saved.__getitem__, default=None)
 
 
 def _newest_checkpoints(folder: Path) -> ModelCheckpoint:

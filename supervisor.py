@@ -19,6 +19,7 @@ from typing import Final, final
 
 from .failures import FailureRecords
 from .processes import SUPERVISED, die_with_parent, living_descendants, mark_children, remove_stale_folders
+from .restarts import Restarts
 
 _PASSED_ON: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = 0.1
@@ -29,11 +30,16 @@ _AFTERWARDS_S = 1.0
 _GIVE_UP_S = 10.0
 """How long to wait for a process that even SIGKILL does not end: a driver or a file server holds it."""
 _SENT_BY_KERNEL = 128
+_ORDERED: Final = {128 + number for number in _PASSED_ON}
+"""Exit codes of a run that somebody has stopped."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def go_on_supervised() -> None:
-    """Return in a new process; the calling one ends with the run, with its exit code, and never returns."""
+    """Return in a new process, and in another when that run has failed and is to be started again.
+
+    The calling one ends with the run, with its exit code, and never returns.
+    """
     records = FailureRecords()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans come to this process
     mark_children()
@@ -42,14 +48,27 @@ def go_on_supervised() -> None:
     # a shell's background) stays so.
     heard = {number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN}
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
-    first = os.fork()
-    if first == 0:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        die_with_parent()
-        return
-    supervisor = _Supervisor(first, records, heard)
-    code = supervisor.watch()
-    _end_descendants(0.0 if supervisor.has_failure else _AFTERWARDS_S)
+    restarts = Restarts()
+    signals: int | None = None
+    while True:
+        first = os.fork()
+        if first == 0:
+            if signals is not None:
+                os.close(signals)
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+            die_with_parent()
+            return
+        signals = _listen(heard) if signals is None else signals
+        supervisor = _Supervisor(first, records, signals)
+        code = supervisor.watch()
+        _end_descendants(0.0 if supervisor.has_failure else _AFTERWARDS_S)
+        if supervisor.is_stopping or code in _ORDERED or (restart := restarts.next(code)) is None:
+            break
+        print(f"gradsync: restart {restart.number} of {restart.of}", file=sys.stderr, flush=True)
+        restart.announce()
+        records.clear()
+        supervisor.close()
+        remove_stale_folders()
     records.close()
     remove_stale_folders()
     sys.stdout.flush()
@@ -60,7 +79,7 @@ def go_on_supervised() -> None:
 class _Supervisor:
     """Watches the run whose first process is ``first``."""
 
-    def __init__(self, first: int, records: FailureRecords, heard: set[signal.Signals]) -> None:
+    def __init__(self, first: int, records: FailureRecords, signals: int) -> None:
         self._first = first
         self._records = records
         self._watched: dict[int, int] = {}
@@ -70,11 +89,11 @@ class _Supervisor:
         """Of those that ended as children of this process."""
         self.has_failure = False
         """Whether one of the processes has failed that the first one did not wait for."""
-        self._is_stopping = False
-        self._signals, writer = os.pipe()
-        self._poller.register(self._signals, select.POLLIN)
+        self.is_stopping = False
+        """Whether somebody has told the run to stop."""
+        self._signals = signals
+        self._poller.register(signals, select.POLLIN)
         self._watch(first)
-        threading.Thread(target=_hear, args=(heard, writer), name="signals", daemon=True).start()
 
     def watch(self) -> int:
         """Block until the run is over; its exit code."""
@@ -89,6 +108,10 @@ class _Supervisor:
             self._wait()
         code = self._code_of_first()
         return code if failed == self._first or (code < 128 and code) else 1
+
+    def close(self) -> None:
+        for descriptor in self._watched:
+            os.close(descriptor)
 
     def _code_of_first(self) -> int:
         code = os.waitstatus_to_exitcode(self._status[self._first]) if self._first in self._status else 1
@@ -134,8 +157,8 @@ class _Supervisor:
         """A first process with an exit code of its own has said why, and is no failure of another's."""
         status = self._status_of(pid)
         if pid == self._first:
-            return status is not None and os.WIFSIGNALED(status) and not self._is_stopping
-        return bool(status) and not self._is_stopping and not self._records.may_be_lost(pid)
+            return status is not None and os.WIFSIGNALED(status) and not self.is_stopping
+        return bool(status) and not self.is_stopping and not self._records.may_be_lost(pid)
 
     def _tell(self, pid: int) -> None:
         if self._records.first() is not None:  # whoever failed by itself has said so, and this may be its doing
@@ -152,7 +175,7 @@ class _Supervisor:
         print(f"gradsync: error: {name} {error}", file=sys.stderr, flush=True)
 
     def _pass_on(self, number: int, is_for_all: int) -> None:
-        self._is_stopping = True
+        self.is_stopping = True
         if not is_for_all:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._first, number)
@@ -161,6 +184,13 @@ class _Supervisor:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 self._status[ended[0]] = ended[1]
+
+
+def _listen(numbers: set[signal.Signals]) -> int:
+    """A descriptor from which signals that come can be read, as :func:`_hear` writes them."""
+    reader, writer = os.pipe()
+    threading.Thread(target=_hear, args=(numbers, writer), name="signals", daemon=True).start()
+    return reader
 
 
 def _hear(numbers: set[signal.Signals], writer: int) -> None:

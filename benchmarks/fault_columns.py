@@ -77,11 +77,10 @@ class Column(ABC):
 class Ours(Column):
     """``gradsync fit`` under `strategy`, with all that it has on by default."""
 
-    name = "ours"
     is_ours = True
 
     def __init__(self, strategy: str) -> None:
-        self.strategy = strategy
+        self.strategy = self.name = strategy
         self.title = f"`gradsync fit`, `{strategy}`"
         self.first_process = 1 if strategy in _SERVED else 0
 

@@ -38,9 +38,9 @@ class FaultyMlp(pl.LightningModule):
     """Does what `fault` says in the process with ``LOCAL_RANK == process``, once the run has made `at_step` steps.
 
     Args:
-        fault: ``kill``, ``stop`` (SIGSTOP), ``raise``, ``nan`` (in the gradients); ``differs`` (the model's second
-            layer, from the start); ``tell_start`` (nothing but the time at which it was made); ``none``.
-        once: Not in an attempt that torchrun has restarted.
+        fault: ``kill``, ``kill_parent``, ``stop`` (SIGSTOP), ``raise``, ``nan`` (in the gradients); ``differs`` (the
+            model's second layer, from the start); ``tell_start`` (nothing but the time at which it was made); ``none``.
+        once: Not in a run that was started again, by torchrun or by gradsync.
         num_features: Of an input, flattened.
         num_more: Parameters that only make checkpoints larger.
         pace_s: Seconds that every step sleeps.
@@ -58,8 +58,8 @@ class FaultyMlp(pl.LightningModule):
         pace_s: float = 0.0,
     ) -> None:
         super().__init__()
-        restarted = once and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        self.fault = fault if local_rank() == process and not restarted else "none"
+        again = "GRADSYNC_RESTART" in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        self.fault = fault if local_rank() == process and not (once and again) else "none"
         self.at_step, self.pace_s, self.tells_start = at_step, pace_s, fault == "differs"
         width = 33 if self.fault == "differs" else 32
         self.net = nn.Sequential(
@@ -91,10 +91,12 @@ class FaultyMlp(pl.LightningModule):
         if self.fault == "nan":  # on its way to all parameters, before anything is exchanged; the loss stays as it is
             logits.register_hook(lambda gradient: gradient * float("nan"))
             return
-        if self.fault in ("kill", "stop", "raise"):
+        if self.fault != "differs":
             tell_fault()
         if self.fault == "raise":
             raise ArithmeticError("boom in training")
+        if self.fault == "kill_parent":
+            os.kill(os.getppid(), signal.SIGKILL)
         if self.fault in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
 

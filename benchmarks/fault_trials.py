@@ -7,12 +7,13 @@ import re
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from fault_columns import Job
-from fault_findings import STEP_TIMEOUT_S, Bench, Findings, Row
+from fault_findings import STEP_TIMEOUT_S, Bench, Findings, NotRun, Row
 from fault_process import Step
 
 _ENDLESS = Job(num_epochs=None, steps_per_epoch=1000, pace_s=0.005)
@@ -133,29 +134,51 @@ def port_taken(bench: Bench, case: str) -> Findings:
 # -- restarts ------------------------------------------------------------------------------------------------
 
 
+_PER_EPOCH = 5
+_FAILS_AT = 13
+_TO_RESTART = Job(fault="kill", at_step=_FAILS_AT, num_epochs=4, steps_per_epoch=_PER_EPOCH)
+
+
 def restarted(bench: Bench, case: str) -> Findings:
     """R18: torchrun starts both ranks again after one was killed."""
-    found, first, per_epoch = Findings(), bench.column.first_process, 5
-    job = Job(
-        fault="kill",
-        rank=int(case[-1]),
-        at_step=13,
-        num_epochs=4,
-        steps_per_epoch=per_epoch,
-        resume=True,
-        under_torchrun=True,
-    )
+    job = replace(_TO_RESTART, rank=int(case[-1]), resume=True, under_torchrun=True)
+    return _started_again(bench, job, bound_s=30)
+
+
+def killed_and_restarted(bench: Bench, case: str) -> Findings:
+    """R2."""
+    return _by_gradsync(bench, replace(_TO_RESTART, rank=int(case[-1])), bound_s=30)
+
+
+def server_killed_and_restarted(bench: Bench, case: str) -> Findings:
+    """R3."""
+    if not bench.column.first_process:
+        raise NotRun("there is no server")
+    options = ("--trainer.strategy.mode", case)
+    return _by_gradsync(bench, replace(_TO_RESTART, fault="kill_parent", options=options), bound_s=15)
+
+
+def _by_gradsync(bench: Bench, job: Job, bound_s: float) -> Findings:
+    if not bench.column.is_ours:
+        raise NotRun("nothing starts it again")
+    own = ("--max_restarts", "1", "--snapshot_every_n_steps", "4")
+    return _started_again(bench, replace(job, options=(*job.options, *own)), bound_s)
+
+
+def _started_again(bench: Bench, job: Job, bound_s: float) -> Findings:
+    """Trains again so long after the fault."""
+    found = Findings()
     with bench.run(job) as run:
-        killed_at = run.fault_at()
+        failed_at = run.fault_at()
         ending = run.end(limit_s=120)
         found.ended(ending, fails=False)
-        attempts = _attempts(run.steps(first))
+        attempts = _attempts(run.steps(bench.column.first_process))
         found.should("trains again", len(attempts) == 2)
         if len(attempts) == 2:
             begins = attempts[1][0]
-            found.should("goes on from the checkpoint", begins.number == 10)
-            found.at_most("steps lost", 13 - begins.number, per_epoch)
-            found.quickly("gap", begins.at - killed_at, 30, ending.was_busy)
+            found.should("goes on from the checkpoint", begins.number > 0)
+            found.at_most("steps lost", attempts[0][-1].number - begins.number, _PER_EPOCH)
+            found.quickly("gap", begins.at - failed_at, bound_s, ending.was_busy)
         found.left_nothing(run)
     return found
 
@@ -167,6 +190,8 @@ def _attempts(steps: list[Step]) -> list[list[Step]]:
 
 PROCESS_ROWS = {
     "R1": Row("SIGKILL of a rank", ("rank 1", "rank 0"), killed),
+    "R2": Row("SIGKILL of a rank, `--max_restarts 1`", ("rank 1", "rank 0"), killed_and_restarted),
+    "R3": Row("SIGKILL of the server, `--max_restarts 1`", ("sync", "async"), server_killed_and_restarted),
     "R4": Row("SIGSTOP of a rank; a step may take 10 s", ("",), stopped),
     "R7": Row("exception in one rank", ("",), raised),
     "R8": Row("SIGTERM or Ctrl-C to the command, the group or one rank", _SIGNALS, signalled, takes_turns=True),

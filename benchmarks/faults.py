@@ -9,7 +9,7 @@ processes, ports, shared memory, temporary files. A run that does not end is end
 Rows of several cases (rank 0 and rank 1) go through all of them in every trial; R8 takes the next one in each.
 
 Bounds in seconds are those of a quiet machine: three times as long is allowed on a busy one (`busy.py`). The load is
-in the JSON file. The exit code is 1 if the column ours misses what should be. Logs of trials that missed are kept.
+in the JSON file. The exit code is 1 if gradsync misses what should be. Logs of trials that missed are kept.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import harness
 if TYPE_CHECKING:
     from fault_findings import Bench, Findings, Row
 
-ROW_NAMES = tuple(f"R{number}" for number in (1, 4, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18))
-COLUMN_NAMES = ("ours", "ddp")
+ROW_NAMES = tuple(f"R{number}" for number in (1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18))
+COLUMN_NAMES = ("ours", "server", "ddp")
 _TRIALS = {"R8": 3, "R9": 5}
 _LONG_TRIALS = {"R8": 100, "R9": 200, "R18": 20}
 _MARKS = ("<!-- faults table: benchmarks/faults.py writes it -->", "<!-- end of faults table -->")
@@ -43,7 +43,12 @@ def parse_arguments() -> argparse.Namespace:
     number, names = harness.positive_int, harness.names_out_of
     add = parser.add_argument
     add("--rows", type=names(ROW_NAMES), default=list(ROW_NAMES), help=f"some of {','.join(ROW_NAMES)} (all)")
-    add("--columns", type=names(COLUMN_NAMES), default=list(COLUMN_NAMES), help="ours, ddp or both (both)")
+    add(
+        "--columns",
+        type=names(COLUMN_NAMES),
+        default=list(COLUMN_NAMES),
+        help=f"some of {','.join(COLUMN_NAMES)} (all)",
+    )
     add("--strategy", default="manual_allreduce", help="of the column ours (%(default)s)")
     add("--trials", type=number, help="of every row (1; R8: 3, R9: 5)")
     add("--long", action="store_true", help="R8: 100 trials, R9: 200, R18: 20")
@@ -91,7 +96,7 @@ class Table:
         ]
         self.cells = {(row, column): Cell() for row in arguments.rows for column in benches}
         self.failed: dict[str, str] = {}
-        """Trials that missed what should be, of the column `ours`; and those that have no result."""
+        """Trials that missed what should be, of gradsync's columns; and those that have no result."""
 
     def run(self) -> None:
         started = time.monotonic()
@@ -177,7 +182,7 @@ def main() -> int:
     from gradsync.callbacks import machine_environment
 
     rows = {name: (PROCESS_ROWS | CHECKPOINT_ROWS | DATA_ROWS)[name] for name in ROW_NAMES}
-    columns = {"ours": Ours(arguments.strategy), "ddp": PlainDdp()}
+    columns = {"ours": Ours(arguments.strategy), "server": Ours("parameter_server"), "ddp": PlainDdp()}
     environment = {**machine_environment(), "load_average_before": os.getloadavg()[0]}
     with folders() as (folder, temporary):
         benches = {name: Bench(columns[name], folder, temporary) for name in arguments.columns}

@@ -11,6 +11,7 @@ from .random_state import RandomState
 from .results_writer import ResultsWriter
 from .run_environment import machine_environment, run_environment
 from .run_summary import RunSummary
+from .snapshots import Snapshots
 from .start_banner import StartBanner
 from .step_breakdown import StepBreakdown
 from .stop_on_signal import StopOnSignal
@@ -28,6 +29,7 @@ __all__ = [
     "RandomState",
     "ResultsWriter",
     "RunSummary",
+    "Snapshots",
     "StartBanner",
     "StepBreakdown",
     "StopOnSignal",

@@ -250,6 +250,11 @@ class ParameterServerStrategy(ServedWorldStrategy):
             super().join_store()
         self._has_store = False
 
+    @property
+    def num_updates(self) -> int:
+        """How many optimizer steps the servers had made in this fit, all workers' together, when they last answered."""
+        return self._client.num_updates if self._client is not None else 0
+
     def losses(self) -> list[Loss]:
         """Workers that the run has gone on without."""
         return self._continuation.losses() if self._continuation is not None else []

@@ -21,6 +21,7 @@ from ..comm.server.peers import Peers
 from ..comm.server.servers_client import Named, name_pieces, pieces_of
 from ..comm.server.shards import Cut
 from ..comm.tracer import Tracer
+from ..restarts import Progress
 from .server_launcher import ServerLauncher
 from .server_options import ServerOptions
 from .server_view import ServerView
@@ -79,6 +80,7 @@ class Serving:
         """Told what is done when."""
         self._applied: list[int] = []
         self._told_progress = 0.0
+        self._progress: Progress | None = None
 
     def serve(
         self,
@@ -206,4 +208,8 @@ class Serving:
         if not self._options.is_sync and time.monotonic() > self._told_progress + _PROGRESS_S:
             self._told_progress = time.monotonic()
             self._store.set(PROGRESS_KEY, str(statistics.total_steps))
+        if statistics.total_steps == 1:
+            self._progress = Progress.of_run()
+        if self._progress is not None:
+            self._progress.note(statistics.total_steps)
         self._view.on_step(statistics)

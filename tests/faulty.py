@@ -13,14 +13,21 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from commands import local_rank_of
+from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import CatMetric
 from training import Mlp, make_data
 
 from gradsync.comm.server.collective import CollectivePeers
+from gradsync.restarts import Restart
 from gradsync.strategies.worker_return import INCARNATION
 
 KILLED_AT = "killed at monotonic second "
+AGAIN_AT = "training again at monotonic second "
+
+
+def is_restarted() -> bool:
+    return Restart.this() is not None
 
 
 def _process_of(local_rank: int) -> int:
@@ -40,8 +47,8 @@ class FaultyMlp(Mlp):
     Args:
         fault: ``raise``, ``kill`` (SIGKILL), ``stop`` (SIGSTOP), ``memory``, ``kill_server``, ``kill_in_exchange``
             (SIGKILL after the step was announced to the parameter server, before its gradients are there),
-            ``kill_once`` (SIGKILL at this step of the run, but not after torchrun's restart), ``leave_process`` (start
-            one that nobody ends) or ``none``.
+            ``kill_once``, ``kill_server_once`` (SIGKILL at this step of the run, but not after a restart),
+            ``leave_process`` (start one that nobody ends) or ``none``.
         process: Rank among all processes, the parameter server's included.
         at_step: Training step, from 0.
         server: The one to kill, by SIGKILL, under ``kill_server``.
@@ -55,10 +62,13 @@ class FaultyMlp(Mlp):
     def on_train_start(self) -> None:
         if "GRADSYNC_SUPERVISED" in os.environ:  # Lightning's observer would take what the supervisor goes by
             assert "child-process-observer" not in {thread.name for thread in threading.enumerate()}
+        if is_restarted() and self.trainer.is_global_zero:
+            print(f"{AGAIN_AT}{time.monotonic()}", flush=True)
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        again = self.fault == "kill_once" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        reached = self.trainer.global_step == self.at_step if self.fault == "kill_once" else index == self.at_step
+        is_once = self.fault in ("kill_once", "kill_server_once")
+        again = is_once and (is_restarted() or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+        reached = (self.trainer.global_step if is_once else index) == self.at_step
         if self.fault != "none" and not again and reached and os.environ.get("LOCAL_RANK", "0") == str(self.process):
             self._fail()
         return super().training_step(batch, index)
@@ -71,7 +81,7 @@ class FaultyMlp(Mlp):
         if self.fault == "kill_in_exchange":
             CollectivePeers.push_pull = self._kill  # pyright: ignore[reportAttributeAccessIssue]
             return
-        if self.fault == "kill_server":
+        if self.fault in ("kill_server", "kill_server_once"):
             print(f"{KILLED_AT}{time.monotonic()}", flush=True)
             os.kill(_process_of(self.server), signal.SIGKILL)
             return
@@ -90,6 +100,14 @@ class FaultyMlp(Mlp):
         subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {supervisor}"], start_new_session=True)
         print(f"{KILLED_AT}{time.monotonic()}", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FaultyOnImages(FaultyMlp):
+    """The same on images of 8 x 8 pixels in 10 classes."""
+
+    def __init__(self, fault: str = "none", process: int = 1, at_step: int = 3, server: int = 0) -> None:
+        super().__init__(fault, process, at_step, server)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
 class TinyData(pl.LightningDataModule):

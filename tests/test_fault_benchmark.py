@@ -55,7 +55,10 @@ def test_what_plain_ddp_misses_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [("--rows R1,R99", "argument --rows: must be some of R1,R4"), ("--columns theirs", "must be some of ours,ddp")],
+    [
+        ("--rows R1,R99", "argument --rows: must be some of R1,R2"),
+        ("--columns theirs", "must be some of ours,server,ddp"),
+    ],
 )
 def test_mistakes_are_named(arguments: str, text: str) -> None:
     done = _run(*arguments.split())

@@ -61,6 +61,11 @@ class ServersClient:
         self._timeline = timeline
 
     @property
+    def num_updates(self) -> int:
+        """Steps of the server that had made most, when they last answered."""
+        return max(client.version for client in self._clients)
+
+    @property
     def version(self) -> int:
         """See :class:`.WorkerClient`; those of all servers together."""
         return sum(client.version for client in self._clients)
